@@ -1,0 +1,183 @@
+"""One GRPO step on the built-in base, ours beside the peers', on a CPU: python -m bench.step
+
+    rollout     128 completions of 16 prompts: ours; transformers generate on a PEFT TinyLoRA model
+    whole step  rollout, reward, update:       ours; TRL's GRPOTrainer on a PEFT TinyLoRA model
+
+All in one process, interleaved step by step, fp32, same prompts per step, samples, cap, temperature and trained numbers. The
+learning rate is 0, so every policy stays the base and the completions stay equally long on average (printed). TRL runs without
+gradient checkpointing and in one microbatch. Rounds in which other processes used over 4 % of the machine are dropped, and
+counted. The floor is the step's matrix FLOP (2P a token in the rollout with prompts once per group, 4P in the update with no
+group left out) at the rate of a 1024^3 product measured in the same run.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from bench.measure import card, foreign_load, gemm_rate, print_json, quantiles
+from tinylora.cli import table
+from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
+from tinylora.rl.rewards import accuracy_reward
+from tinylora.rl.trainer import Trainer
+
+PROMPTS, GENERATIONS, LENGTH = 16, 8, 40
+
+
+def peers(ours: Trainer, directory: Path, steps: int, on_round: Any) -> None:
+    """Drive TRL's trainer for `steps` steps; after each, call on_round(its seconds, its mean length, the PEFT model)."""
+    from datasets import Dataset
+    from peft import TinyLoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(ours.model.path, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(ours.model.path, dtype=torch.float32)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(model, TinyLoraConfig(r=2, u=13, weight_tying=1.0, target_modules=targets))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == ours.adapter.num_parameters, trained
+    rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in ours.train_rows[: PROMPTS * (steps + 1)]]
+    reward = accuracy_reward("strict")
+    lengths: list[float] = []
+
+    def accuracy(completions: list[Any], completion_ids: list[Any], answer: list[str], **_: Any) -> list[float | None]:
+        lengths.append(statistics.mean(map(len, completion_ids)))
+        return reward(completions=completions, answer=answer)
+
+    class Rounds(TrainerCallback):  # type: ignore[misc]
+        began = 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            on_round(time.perf_counter() - self.began, lengths[-1], SimpleNamespace(model=model, tokenizer=tokenizer))
+
+    arguments = GRPOConfig(
+        output_dir=str(directory),
+        per_device_train_batch_size=PROMPTS * GENERATIONS,
+        num_generations=GENERATIONS,
+        max_completion_length=LENGTH,
+        learning_rate=0.0,
+        max_steps=steps,
+        beta=0.0,
+        loss_type="dapo",
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=10**6,
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+    )
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=[accuracy],
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[Rounds()],
+    )
+    trainer.train()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each contender; the first 2 are warm-up")
+    rounds = parser.parse_args().rounds
+    warnings.filterwarnings("ignore")
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = BUILTIN_PRESET | {"learning_rate": 0.0, "eval_size": 0, "output_dir": f"{scratch}/run", "max_steps": 10**6}
+        ours = Trainer(TrainConfig(**settings))
+        seconds: dict[str, list[float]] = {"step/ours": [], "step/trl": [], "rollout/ours": [], "rollout/generate": []}
+        tokens: dict[str, list[float]] = {"ours": [], "trl": [], "generate": []}
+        state: dict[str, Any] = {"load": None, "dropped": 0, "round": 0, "dead": []}
+
+        def on_round(trl_seconds: float, trl_length: float, peer: Any) -> None:
+            state["round"] += 1
+            row = ours._train_step()
+            prompts = [ours.text.prompt(r["prompt"]) for r in (ours.train_rows[i] for i in ours._prompt_order())]
+            padded = peer.tokenizer.pad({"input_ids": [p for p in prompts for _ in range(GENERATIONS)]}, return_tensors="pt")
+            began = time.perf_counter()
+            with torch.no_grad():
+                out = peer.model.generate(**padded, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=LENGTH)
+            generate_seconds = time.perf_counter() - began
+            new = out[:, padded["input_ids"].shape[1] :]
+            ended = (new == peer.tokenizer.eos_token_id).int().cumsum(1)
+            generated = int(((ended - (new == peer.tokenizer.eos_token_id).int()) == 0).sum())
+            state["load"], load = foreign_load(state["load"])
+            if state["round"] <= 2 or load > 0.04:
+                state["dropped"] += state["round"] > 2
+                return
+            seconds["step/trl"].append(trl_seconds)
+            seconds["step/ours"].append(row["step_time"])
+            seconds["rollout/ours"].append(row["rollout_time"])
+            seconds["rollout/generate"].append(generate_seconds)
+            tokens["trl"].append(trl_length)
+            tokens["ours"].append(row["completions/mean_length"])
+            tokens["generate"].append(generated / (PROMPTS * GENERATIONS))
+            state["dead"].append(row["frac_reward_zero_std"])
+
+        peers(ours, Path(scratch) / "trl", rounds, on_round)
+        if len(seconds["step/ours"]) < 3:
+            raise SystemExit(f"only {len(seconds['step/ours'])} undisturbed rounds of {rounds}; other processes were running")
+        rate = gemm_rate()
+        c = ours.model.config
+        parameters = sum(g.weight.numel() for layer in ours.model.layers for g in layer.groups) + ours.model.head.numel()
+        prompt = statistics.mean(len(ours.text.prompt(r["prompt"])) for r in ours.train_rows[:512])
+        length, rows = statistics.mean(tokens["ours"]), PROMPTS * GENERATIONS
+        rollout_floor = 2 * parameters * (PROMPTS * prompt + rows * length) / rate
+        step_floor = rollout_floor + 4 * parameters * rows * (prompt + length) / rate
+
+    medians = {name: statistics.median(s) for name, s in seconds.items()}
+    rate_of = {
+        "ours": rows * statistics.mean(tokens["ours"]) / medians["rollout/ours"],
+        "generate": rows * statistics.mean(tokens["generate"]) / medians["rollout/generate"],
+    }
+    lines = [
+        ["rollout, ours", medians["rollout/ours"], tokens["ours"], rate_of["ours"], rollout_floor],
+        ["rollout, generate + PEFT", medians["rollout/generate"], tokens["generate"], rate_of["generate"], rollout_floor],
+        ["whole step, ours", medians["step/ours"], tokens["ours"], None, step_floor],
+        ["whole step, TRL + PEFT", medians["step/trl"], tokens["trl"], None, step_floor],
+    ]
+    cells = [
+        [name, f"{s * 1e3:.0f}", f"{statistics.mean(n):.1f}", f"{r:,.0f}" if r else "", f"{s / floor:.1f}"]
+        for name, s, n, r, floor in lines
+    ]
+    print(table([f"{PROMPTS} x {GENERATIONS}, {c.num_layers} layers", "ms", "tokens each", "tokens/s", "x floor"], cells))
+    ratios = {
+        "rollout": rate_of["ours"] / rate_of["generate"],
+        "step": medians["step/trl"] / medians["step/ours"],
+    }
+    print(
+        f"rollout {ratios['rollout']:.2f}x generate + PEFT in tokens/s, whole step {ratios['step']:.2f}x TRL + PEFT; "
+        f"{len(seconds['step/ours'])} rounds kept, {state['dropped']} dropped, dead groups {statistics.mean(state['dead']):.0%}"
+    )
+    print_json(
+        {
+            "bench": "step",
+            **card(),
+            "gemm_gflops": rate / 1e9,
+            "seconds": {name: quantiles(s) for name, s in seconds.items()},
+            "tokens_each": {name: statistics.mean(n) for name, n in tokens.items()},
+            "rollout_tokens_per_second": rate_of,
+            "floor_seconds": {"rollout": rollout_floor, "step": step_floor},
+            "ratios": ratios,
+            "rounds_kept": len(seconds["step/ours"]),
+            "rounds_dropped": state["dropped"],
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

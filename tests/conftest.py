@@ -1,0 +1,58 @@
+"""Shared fixtures. No test reads or writes the user's own cache, and none needs the network or a GPU."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> Callable[..., Path]:
+    """A function that saves a random two-layer model as transformers writes it and returns its directory.
+
+    tiny_model("qwen2" | "qwen3" | "llama", seed=0, **config): equal arguments give equal weights.
+    """
+    import transformers  # takes seconds, and most tests do without
+
+    kinds = {
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    }
+
+    def make(family: str = "qwen2", seed: int = 0, **changes: object) -> Path:
+        config_class, model_class = kinds[family]
+        sizes = {
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 128,
+            # ten times the default: at 0.02 every layer is so close to the identity that hardly a fault shows in the logits
+            "initializer_range": 0.2,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = model_class(config_class(**{**sizes, **changes}))
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name.endswith("bias") or "norm" in name:  # zeros and ones by default, which would hide a swap
+                        parameter.add_(0.1 * torch.randn_like(parameter))
+        directory = tmp_path / f"{family}-{seed}-{len(list(tmp_path.iterdir()))}"
+        model.save_pretrained(directory)
+        return directory
+
+    return make

@@ -1,0 +1,131 @@
+"""The frozen linear against an explicit W + B M A differentiated by fp64 autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tinylora.kernels.frozen_linear import FrozenLinear, frozen_linear, frozen_linear_ref, mix, padded_segments
+
+
+def make(segments: int, r: int, adapters: int = 1, rows: int = 21, k: int = 40, n: int = 24, seed: int = 0, bias: bool = True):
+    """Random constants in fp64 with `segments` equal parts, and the explicit factors of each."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    group = FrozenLinear(randn(n * segments, k) / k**0.5, randn(n * segments) if bias else None)
+    factors = [(randn(r, k) / k**0.5, randn(n, r)) for _ in range(segments)]
+    group.pack(factors, [n] * segments)
+    M = torch.zeros(adapters, padded_segments(segments, r), r, r, dtype=torch.float64)
+    M[:, :segments] = 0.3 * randn(adapters, segments, r, r)
+    return group, factors, M, randn(rows, k), randn(rows, n * segments), torch.randint(adapters, (rows,), generator=g)
+
+
+def explicit(group: FrozenLinear, factors, M, x, row_adapter):
+    """Row by row through its own W + B M A: nothing in common with the op but the formula."""
+    rows = []
+    for i, xi in enumerate(x):
+        deltas = [b @ M[row_adapter[i], s] @ a for s, (a, b) in enumerate(factors)]
+        rows.append(F.linear(xi, group.weight + torch.cat(deltas), group.bias))
+    return torch.stack(rows)
+
+
+def gradients(f, x, M, dy):
+    x, M = x.clone().requires_grad_(), M.clone().requires_grad_()
+    y = f(x, M)
+    y.backward(dy)
+    return y.detach(), x.grad, M.grad
+
+
+@pytest.mark.parametrize("segments", [1, 2, 3])
+@pytest.mark.parametrize("r", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("adapters", [1, 3])
+def test_equals_explicit_weights_in_fp64(segments, r, adapters):
+    group, factors, M, x, dy, rows = make(segments, r, adapters)
+    row_adapter = rows if adapters > 1 else None
+    want = gradients(lambda x, M: explicit(group, factors, M, x, rows), x, M, dy)
+    for op in (frozen_linear, frozen_linear_ref):
+        args = (group.weight, group.bias, group.A, group.Bt)
+        got = gradients(lambda x, M, op=op, args=args: op(x, *args, M, row_adapter), x, M, dy)
+        for ours, theirs in zip(got[:2], want[:2], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+        # padding segments may get a gradient; nothing reads it, since their P is zero
+        torch.testing.assert_close(got[2][:, :segments], want[2][:, :segments], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("segments", [1, 2, 3])
+@pytest.mark.parametrize("r", [1, 2, 4, 8])
+def test_fp32_error_at_most_twice_plain_pytorch(segments, r):
+    """Against fp64, over 8 draws: root-mean-square error of y, dx and dM at most 2x that of the plain formula in fp32."""
+    ours, plain = torch.zeros(3), torch.zeros(3)
+    for seed in range(8):
+        group, factors, M, x, dy, _ = make(segments, r, rows=64, k=96, n=48, seed=seed)
+        args = (group.weight, group.bias, group.A, group.Bt)
+        want = gradients(lambda x, M, args=args: frozen_linear_ref(x, *args, M), x, M, dy)
+        single = [None if t is None else t.float() for t in args]
+        for op, error in ((frozen_linear, ours), (frozen_linear_ref, plain)):
+            got = gradients(lambda x, M, op=op, s=single: op(x, *s, M), x.float(), M.float(), dy.float())
+            for i, (a, b) in enumerate(zip(got, want, strict=True)):
+                error[i] += (a.double() - b).square().mean() / b.square().mean()
+    assert (ours.sqrt() <= 2 * plain.sqrt()).all(), (ours, plain)
+
+
+def test_zero_m_is_the_bare_linear_bitwise():
+    """v = 0 gives M = 0: the same bits as F.linear in fp32 (a zero is added), and as adapter-off through the same op."""
+    group, _, M, x, _, rows = make(3, 2, adapters=2, rows=40)
+    group = FrozenLinear(*(t.float() for t in (group.weight, group.bias, group.A, group.Bt)))
+    x, M = x.float(), M.float()
+    M[0] = 0
+    bare = F.linear(x, group.weight, group.bias)
+    assert torch.equal(group(x, M[:1]), bare)
+    assert torch.equal(group(x, None), bare)
+    mixed = group(x, M, rows)
+    assert torch.equal(mixed[rows == 0], bare[rows == 0])
+    assert not torch.equal(mixed[rows == 1], bare[rows == 1])
+
+
+def test_one_adapter_and_row_adapter_agree_bitwise():
+    group, _, M, x, dy, _ = make(3, 2, adapters=2, rows=24)
+    for a in range(2):
+        rows = torch.full((24,), a)
+        one = gradients(lambda x, M: frozen_linear(x, group.weight, group.bias, group.A, group.Bt, M), x, M[a : a + 1], dy)
+        many = gradients(lambda x, M, rows=rows: group(x, M, rows), x, M, dy)
+        assert torch.equal(one[0], many[0]) and torch.equal(one[1], many[1])
+
+
+def test_a_row_does_not_depend_on_its_batch_mates():
+    """fp32, every batch size from 1 to 40: a row's bits are those it has in a batch of 512."""
+    group, _, M, x, _, _ = make(3, 2, rows=512, k=128, n=64)
+    group = FrozenLinear(*(t.float() for t in (group.weight, group.bias, group.A, group.Bt)))
+    x, M = x.float(), M.float()
+    whole = group(x, M)
+    for size in range(1, 41):
+        assert torch.equal(group(x[7 : 7 + size], M), whole[7 : 7 + size]), size
+
+
+def test_other_rows_adapters_do_not_matter():
+    group, _, M, x, _, rows = make(2, 2, adapters=3, rows=32)
+    changed = (rows + 1) % 3
+    changed[5] = rows[5]
+    assert torch.equal(group(x, M, rows)[5], group(x, M, changed)[5])
+
+
+def test_saves_t_and_not_x():
+    """What autograd keeps besides constants and M is (T, R), not (T, K)."""
+    group, _, M, x, _, _ = make(3, 2, rows=32, k=200)
+    constants = {t.data_ptr() for t in (group.weight, group.bias, group.A, group.Bt, M)}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        group(x.requires_grad_(), M.requires_grad_())
+    assert [tuple(t.shape) for t in kept if t.data_ptr() not in constants] == [(32, 8)]
+
+
+def test_mix_is_exact_per_segment():
+    t, M = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[[[1.0, 2.0], [3.0, 4.0]], [[0.0, 1.0], [1.0, 0.0]]]])
+    assert mix(t, M, None).tolist() == [[5.0, 11.0, 4.0, 3.0]]
+
+
+def test_m_without_factors_is_an_error():
+    with pytest.raises(ValueError, match="no factors"):
+        FrozenLinear(torch.zeros(4, 4))(torch.zeros(8, 4), torch.zeros(1, 4, 2, 2))

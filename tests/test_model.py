@@ -1,0 +1,156 @@
+"""The decoder against transformers with the same random weights, and what it refuses to load."""
+
+import json
+
+import pytest
+import torch
+
+from tinylora.errors import InputError
+from tinylora.model import load_model
+from tinylora.rl.rollout import Sampling, rollout
+
+LLAMA31 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CASES = {
+    "qwen2": {"family": "qwen2"},
+    "qwen2-tied": {"family": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"family": "qwen3", "head_dim": 24},  # not hidden / heads
+    "llama31": {"family": "llama", "rope_parameters": LLAMA31},
+    "llama-linear-biased": {
+        "family": "llama",
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
+        "attention_bias": True,
+    },
+    "one-kv-head": {"family": "qwen2", "num_key_value_heads": 1, "vocab_size": 101},
+    "no-gqa": {"family": "llama", "num_key_value_heads": 4, "intermediate_size": 44},
+}
+
+
+def pair(tiny_model, case):
+    import transformers
+
+    path = tiny_model(**CASES[case])
+    return path, transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), load_model(str(path))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(tiny_model, case):
+    """fp32, odd shapes: within 1e-4 of the largest logit."""
+    _, theirs, ours = pair(tiny_model, case)
+    for shape in ((1, 1), (3, 17), (2, 101), (5, 8)):
+        ids = torch.randint(96, shape, generator=torch.Generator().manual_seed(sum(shape)))
+        with torch.no_grad():
+            want = theirs(ids).logits
+        got = ours.logits(ids)
+        assert got.dtype == torch.float32 and got.shape == want.shape
+        assert (got - want).abs().max() <= 1e-4 * want.abs().max(), shape
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_generation_equals_transformers(tiny_model, case):
+    """64 tokens, token by token, through prefill, cache and a batch of prompts of different lengths."""
+    _, theirs, ours = pair(tiny_model, case)
+    prompts = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [12]]
+    got = rollout(ours, None, prompts, 1, Sampling(64, temperature=0.0))
+    for prompt, completion in zip(prompts, got, strict=True):
+        ids = torch.tensor([prompt])
+        out = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, eos_token_id=None, pad_token_id=0
+        )
+        assert completion.tokens == out[0, len(prompt) :].tolist()
+        assert not completion.finished and len(completion.tokens) == 64
+
+
+def test_llama31_scaling_matters(tiny_model):
+    """The oracle test above would be empty if the scaling changed nothing at these lengths."""
+    plain = load_model(str(tiny_model("llama")))
+    scaled = load_model(str(tiny_model("llama", rope_parameters=LLAMA31)))
+    ids = torch.arange(90)[None]
+    assert (plain.logits(ids) - scaled.logits(ids)).abs().max() > 1e-2
+
+
+def test_sharded_checkpoint_loads_the_same(tiny_model, tmp_path):
+    path, theirs, ours = pair(tiny_model, "qwen2")
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
+    sharded = load_model(str(tmp_path / "sharded"))
+    ids = torch.arange(20)[None]
+    assert torch.equal(sharded.logits(ids), ours.logits(ids))
+    assert sharded.digests == ours.digests
+
+
+def test_digests_do_not_depend_on_the_dtype_asked_for(tiny_model):
+    path = str(tiny_model("qwen2"))
+    low = load_model(path, dtype="bfloat16")
+    assert low.dtype == torch.bfloat16
+    assert low.digests == load_model(path).digests
+
+
+def edit_config(path, **changes):
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def break_nothing_but(path, what):
+    weights = path / "model.safetensors"
+    if what == "architecture":
+        edit_config(path, model_type="gpt_neox")
+    elif what == "rope":
+        edit_config(path, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})
+    elif what == "quantized":
+        edit_config(path, quantization_config={"bits": 4})
+    elif what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif what == "corrupt":
+        weights.write_bytes(b"\xff" * 4096)
+    elif what == "missing tensor":
+        edit_config(path, num_hidden_layers=3)
+    elif what == "shape":
+        edit_config(path, intermediate_size=64)
+    elif what == "no weights":
+        weights.unlink()
+    elif what == "config":
+        (path / "config.json").write_text("{")
+    elif what == "field":
+        raw = json.loads((path / "config.json").read_text())
+        del raw["hidden_size"]
+        (path / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("architecture", "gpt_neox"),
+        ("rope", "yarn"),
+        ("quantized", "quantization_config"),
+        ("truncated", "model.safetensors"),
+        ("corrupt", "model.safetensors"),
+        ("missing tensor", "no tensor model.layers.2"),
+        ("shape", "gate_proj.weight has shape"),
+        ("no weights", "model.safetensors"),
+        ("config", "not valid JSON"),
+        ("field", "hidden_size"),
+    ],
+)
+def test_broken_models_are_named(tiny_model, what, says):
+    path = tiny_model("qwen2")
+    break_nothing_but(path, what)
+    with pytest.raises(InputError, match=says):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize("path", ["/no/such/directory", "./nothing", "nothing"])
+def test_missing_directory(path):
+    with pytest.raises(InputError, match="no such directory"):
+        load_model(path)
+
+
+def test_dtype_is_checked(tiny_model):
+    with pytest.raises(InputError, match="--dtype int8"):
+        load_model(str(tiny_model("qwen2")), dtype="int8")

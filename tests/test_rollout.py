@@ -1,0 +1,96 @@
+"""Rollout: what is sampled depends on the sequence alone, and its log-probs are the update's."""
+
+import pytest
+import torch
+
+from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.kernels.token_logprobs import token_logprobs
+from tinylora.model import load_model
+from tinylora.rl import rollout as rollout_module
+from tinylora.rl.rollout import Completion, Sampling, rollout
+
+PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15, 16], [20, 21]]
+SAMPLING = Sampling(30, temperature=1.0, seed=5, eos_ids=(7, 9))
+
+
+@pytest.fixture
+def adapted(tiny_model):
+    model = load_model(str(tiny_model("qwen2")))
+    adapter = Adapter(model, TinyLoRAConfig(u=3, n_tie=4))
+    with torch.no_grad():
+        adapter.v.copy_(0.2 * torch.randn(adapter.v.shape, generator=torch.Generator().manual_seed(0)))
+        return model, adapter, adapter.matrices()
+
+
+def same(a: list[Completion], b: list[Completion]) -> None:
+    assert [c.tokens for c in a] == [c.tokens for c in b]
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(torch.tensor(x.logprobs), torch.tensor(y.logprobs), rtol=0, atol=1e-5)
+
+
+def test_completions_end_at_the_end_token_or_the_cap(adapted):
+    model, _, matrices = adapted
+    completions = rollout(model, matrices, PROMPTS, 8, SAMPLING)
+    assert len(completions) == 40
+    ended = [c for c in completions if c.finished]
+    assert 5 < len(ended) < 40, "the case should show both kinds"
+    for c in completions:
+        assert len(c.tokens) == len(c.logprobs) <= 30
+        assert not set(c.tokens[:-1]) & {7, 9}
+        assert c.finished == (c.tokens[-1] in (7, 9)) and (c.finished or len(c.tokens) == 30)
+
+
+def test_batch_mates_do_not_matter(adapted):
+    """Each prompt alone, with its own sequence numbers, samples what it samples in the batch; so does any number of turns."""
+    model, _, matrices = adapted
+    whole = rollout(model, matrices, PROMPTS, 4, SAMPLING)
+    alone = [c for i, p in enumerate(PROMPTS) for c in rollout(model, matrices, [p], 4, SAMPLING, first_sequence=4 * i)]
+    same(whole, alone)
+
+
+def test_a_small_cache_takes_turns(adapted, monkeypatch):
+    model, _, matrices = adapted
+    whole = rollout(model, matrices, PROMPTS, 4, SAMPLING)
+    monkeypatch.setattr(rollout_module, "CACHE_BYTES", {"cpu": 1})
+    same(whole, rollout(model, matrices, PROMPTS, 4, SAMPLING))
+
+
+def test_a_growing_cache_changes_nothing(adapted, monkeypatch):
+    model, _, matrices = adapted
+    whole = rollout(model, matrices, PROMPTS, 4, SAMPLING)
+    monkeypatch.setattr(rollout_module, "GROWTH", 1)
+    same(whole, rollout(model, matrices, PROMPTS, 4, SAMPLING))
+
+
+def test_seed_and_sequence_number_change_the_sample(adapted):
+    model, _, matrices = adapted
+    tokens = [c.tokens for c in rollout(model, matrices, PROMPTS, 2, SAMPLING)]
+    other_seed = Sampling(30, seed=6, eos_ids=(7, 9))
+    assert tokens != [c.tokens for c in rollout(model, matrices, PROMPTS, 2, other_seed)]
+    assert tokens != [c.tokens for c in rollout(model, matrices, PROMPTS, 2, SAMPLING, first_sequence=100)]
+    assert tokens[0] != tokens[1], "two samples of a prompt differ"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_the_updates(adapted, temperature):
+    """Scored by the packed forward, every sampled token has the log-prob the rollout gave it, to 1e-5."""
+    model, _, matrices = adapted
+    s = Sampling(20, temperature=temperature, seed=1)
+    for prompt, c in zip(PROMPTS, rollout(model, matrices, PROMPTS, 1, s), strict=True):
+        sequence = torch.tensor(prompt + c.tokens)
+        hidden = model.packed(sequence[:-1], [len(sequence) - 1], matrices)[len(prompt) - 1 :]
+        logp, _ = token_logprobs(hidden, model.head, torch.tensor(c.tokens), temperature)
+        torch.testing.assert_close(torch.tensor(c.logprobs), logp, rtol=0, atol=1e-5)
+
+
+def test_one_adapter_per_prompt(adapted):
+    """Three adapters in one batch: each prompt's completions are those of its adapter alone."""
+    model, adapter, _ = adapted
+    vs = 0.3 * torch.randn(3, *adapter.v.shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        stacked = adapter.matrices(vs)
+        owner = [2, 0, 1, 2, 0]
+        mixed = rollout(model, stacked, PROMPTS, 4, SAMPLING, row_adapter=owner)
+        for i, (prompt, a) in enumerate(zip(PROMPTS, owner, strict=True)):
+            alone = rollout(model, adapter.matrices(vs[a]), [prompt], 4, SAMPLING, first_sequence=4 * i)
+            same(mixed[4 * i : 4 * i + 4], alone)

@@ -1,0 +1,392 @@
+"""The commands end to end: the default job, resuming after kill -9, real text, and every error a user can make."""
+
+import contextlib
+import io
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinylora import evaluate, train
+from tinylora.errors import InputError
+from tinylora.rl.run_directory import CLOCK_METRICS
+from tinylora.rl.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--eval-size", "32", "--prompts-per-step", "4", "--num-generations", "4"]
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(path: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in CLOCK_METRICS} for row in rows(path)]
+
+
+def adapter_bytes(path: Path) -> bytes:
+    return b"".join((path / "adapter" / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
+
+
+def run(*arguments: str) -> int:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return train.main(list(arguments))
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "tinylora.train", *arguments]
+
+
+def test_default_job(tmp_path):
+    """`python -m tinylora.train` and nothing else: 13 numbers, and the accuracy the README promises, on 1024 problems."""
+    done = subprocess.run(command("--output-dir", str(tmp_path / "run")), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert about["num_parameters"] == 13 and about["max_steps"] == 40
+    metrics = rows(tmp_path / "run")
+    before, after = [r for r in metrics if "eval/n" in r]
+    assert before["eval/n"] == after["eval/n"] == 1024
+    assert 0.35 <= before["eval/accuracy"] <= 0.50 and before["eval/accuracy_greedy"] < 0.30
+    assert after["eval/accuracy"] >= 0.65 and after["eval/accuracy_greedy"] >= 0.90
+    steps = [r for r in metrics if "reward" in r]
+    assert [r["step"] for r in steps] == list(range(1, 41))
+    assert max(r["sampling/sampling_logp_difference/max"] for r in steps) < 1e-4
+    assert all(len(r["adapter/v"]) == 13 for r in steps)
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert evaluate.main(["--adapter", str(tmp_path / "run")]) == 0
+    result = json.loads(out.getvalue().splitlines()[-1])
+    assert {k: result[k] for k in after if k != "step"} == {k: v for k, v in after.items() if k != "step"}
+    assert result["gain_low"] >= 0.20, "the paired gain's lower 95 % bound"
+    shutil.rmtree(tmp_path / "run" / "adapter")
+
+
+def test_same_seed_same_bits_other_seed_other(tmp_path):
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        assert run("--output-dir", str(tmp_path / name), "--seed", seed, "--max-steps", "4", *SHORT) == 0
+    assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b")
+    assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
+    assert adapter_bytes(tmp_path / "a") != adapter_bytes(tmp_path / "c")
+
+
+@pytest.mark.parametrize("save_steps", ["1", "5"])
+def test_kill_9_and_resume(tmp_path, save_steps):
+    """Killed at random moments (after its first output), resumed each time: the same adapter and metrics, clocks apart."""
+    settings = ["--max-steps", "30", "--eval-steps", "10", "--save-steps", save_steps, *SHORT]
+    assert run("--output-dir", str(tmp_path / "whole"), *settings) == 0
+    broken = tmp_path / "broken"
+    chance = random.Random(int(save_steps))
+    kills = 0
+    for _ in range(5 if save_steps == "1" else 2):
+        resume = ["--resume"] if (broken / "config.json").exists() else []
+        process = subprocess.Popen(
+            command("--output-dir", str(broken), *settings, *resume),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert process.stdout is not None
+        process.stdout.readline()  # everything is loaded; the run is on
+        time.sleep(chance.uniform(0.0, 0.9))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2, "the run ended before it could be killed"
+    assert run("--output-dir", str(broken), *settings, "--resume") == 0
+    assert adapter_bytes(broken) == adapter_bytes(tmp_path / "whole")
+    assert timeless(broken) == timeless(tmp_path / "whole")
+    assert {p.name for p in broken.iterdir() if not p.name.endswith(".partial")} == {
+        p.name for p in (tmp_path / "whole").iterdir()
+    }
+
+
+def test_torn_row_and_missing_row_are_mended(tmp_path):
+    """What a kill can leave: a torn last line, or a checkpoint whose row was never written."""
+    settings = ["--max-steps", "4", *SHORT]
+    assert run("--output-dir", str(tmp_path / "a"), *settings) == 0
+    whole = timeless(tmp_path / "a")
+    for tear in (lambda text: text[:-20], lambda text: "".join(text.splitlines(keepends=True)[:-2])):
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        metrics = tmp_path / "b" / "metrics.jsonl"
+        metrics.write_text(tear(metrics.read_text()))
+        assert run("--output-dir", str(tmp_path / "b"), "--resume") == 0
+        assert timeless(tmp_path / "b") == whole
+        shutil.rmtree(tmp_path / "b")
+
+
+def test_ctrl_c_finishes_the_step(tmp_path):
+    settings = ["--max-steps", "30", *SHORT]
+    process = subprocess.Popen(
+        command("--output-dir", str(tmp_path / "run"), *settings),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    while not (tmp_path / "run" / "checkpoint").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in out
+    last = rows(tmp_path / "run")[-1]["step"]
+    assert 1 <= last < 30 and (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert run("--output-dir", str(tmp_path / "run"), "--resume") == 0
+    assert run("--output-dir", str(tmp_path / "whole"), *settings) == 0
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+
+
+def test_any_step_can_be_restored(tmp_path):
+    """v of step 2 from the metrics of a longer run is the adapter of a run that ended there."""
+    path = tmp_path / "run"
+    assert run("--output-dir", str(path), "--max-steps", "4", *SHORT) == 0
+    assert run("--output-dir", str(tmp_path / "two"), "--max-steps", "2", *SHORT) == 0
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        evaluate.main(["--adapter", str(path), "--adapter-step", "2", "--eval-size", "32"])
+        evaluate.main(["--adapter", str(tmp_path / "two"), "--eval-size", "32"])
+    results = [json.loads(line) for line in out.getvalue().splitlines() if line.startswith("{")]
+    assert results[0] == results[1]
+    with pytest.raises(InputError, match="no step 9"):
+        evaluate.main(["--adapter", str(path), "--adapter-step", "9"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_param_dtype_is_what_is_saved_and_used(tmp_path, dtype):
+    path = tmp_path / "run"
+    assert run("--output-dir", str(path), "--max-steps", "3", "--param-dtype", dtype, *SHORT) == 0
+    v = torch.tensor(rows(path)[-2]["adapter/v"])
+    assert v.abs().max() > 0 and torch.equal(v, v.to(getattr(torch, dtype)).float())
+
+
+# ---- rewards ------------------------------------------------------------------------------------------------------------
+
+
+REWARDS = """
+def nothing(completions, **_): return [0.0] * len(completions)
+def everything(completions, **_): return [1.0] * len(completions)
+def unsure(completions, answer, **_): return [None if i % 2 else float(i % 3) for i in range(len(completions))]
+async def later(completions, **_): return [float(len(c[0]["content"])) for c in completions]
+def raises(completions, **_): return 1 / 0
+def short(completions, **_): return [1.0]
+def looks(prompts, completions, completion_ids, question, solution, trainer_state, log_metric, **_):
+    n = len(completions)
+    assert len(prompts) == len(completion_ids) == len(question) == len(solution) == n
+    assert completions[0][0]["role"] == "assistant" and prompts[0][0]["role"] == "user"
+    log_metric("seen", trainer_state.global_step)
+    return [float(len(ids)) for ids in completion_ids]
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("nothing", "all wrong"), ("everything", "all right")])
+def test_a_dead_batch_is_named(tmp_path, rewards, capsys, name, kind):
+    path = tmp_path / "run"
+    assert run("--output-dir", str(path), "--max-steps", "2", "--reward", f"my_rewards:{name}", *SHORT) == 0
+    for row in rows(path)[1:3]:
+        assert row["frac_reward_zero_std"] == 1 and row["frac_reward_zero_std/" + kind.replace(" ", "_")] == 1
+        assert row["grad_norm"] == 0 and row["adapter/norm"] == 0
+    assert f"DEAD BATCH: every group is {kind}" in capsys.readouterr().err
+
+
+def test_a_reward_function_sees_trls_arguments(tmp_path, rewards):
+    path = tmp_path / "run"
+    assert run("--output-dir", str(path), "--max-steps", "2", "--reward", "my_rewards:looks", *SHORT) == 0
+    steps = [r for r in rows(path) if "reward" in r]
+    assert [r["seen"] for r in steps] == [0, 1]
+    assert all(r["reward"] == pytest.approx(r["completions/mean_length"], rel=1e-6) for r in steps)
+    assert all("rewards/looks/mean" in r for r in steps)
+
+
+def test_an_async_reward_function_is_awaited(tmp_path, rewards):
+    assert run("--output-dir", str(tmp_path / "run"), "--max-steps", "1", "--reward", "my_rewards:later", *SHORT) == 0
+    assert rows(tmp_path / "run")[1]["rewards/later/mean"] > 1
+
+
+def test_unscorable_completions_carry_no_gradient(tmp_path, rewards):
+    assert run("--output-dir", str(tmp_path / "run"), "--max-steps", "1", "--reward", "my_rewards:unsure", *SHORT) == 0
+    row = rows(tmp_path / "run")[1]
+    assert row["reward"] == pytest.approx(sum((0, 2, 1, 0, 2, 1, 0, 2)) / 8) and row["grad_norm"] > 0
+
+
+# ---- real text ----------------------------------------------------------------------------------------------------------
+
+
+def text_model(tiny_model, texts: list[str]) -> Path:
+    """A random small Qwen2 with a byte-level tokenizer trained on these texts and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|end|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        chat_template="{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>",
+    )
+    path = tiny_model("qwen2", vocab_size=len(fast), max_position_embeddings=1024)
+    fast.save_pretrained(path)
+    return path
+
+
+def test_gsm8k_end_to_end(tmp_path, tiny_model, rewards):
+    """Real questions through prompts, template, rollout, grading and update, with a random model and its own tokenizer."""
+    data = ROOT.parent / "shared" / "data" / "gsm8k"
+    if not data.is_dir():
+        pytest.skip(f"needs GSM8K as JSONL in {data}")
+    lines = (data / "train.jsonl").read_text().splitlines()[:200]
+    model = text_model(tiny_model, [json.loads(line)["question"] + json.loads(line)["answer"] for line in lines])
+    path = tmp_path / "run"
+    base = ["--model", str(model), "--dataset", "gsm8k", "--data", str(data), "--output-dir", str(path), "--max-steps", "2"]
+    base += [
+        "--max-completion-length",
+        "24",
+        "--eval-size",
+        "8",
+        "--n-tie",
+        "4",
+        "--prompts-per-step",
+        "4",
+        "--extractor",
+        "flexible",
+    ]
+    # A random model is never right, so the length is the reward: what is learned does not matter here, that it moves does.
+    assert run(*base, "--reward", "my_rewards:looks") == 0
+    metrics = rows(path)
+    assert metrics[0]["eval/n"] == 8 and metrics[-1]["eval/n"] == 8
+    assert metrics[2]["adapter/norm"] > 0 and metrics[2]["completions/mean_length"] > 1
+    assert json.loads((path / "config.json").read_text())["num_parameters"] == 4
+
+
+# ---- errors -------------------------------------------------------------------------------------------------------------
+
+
+def fails(capsys, *arguments: str) -> str:
+    """Run the real entry point; one clear message, exit code 2. Returns it on one line."""
+    from tinylora.cli import run_command
+
+    before, sys.argv = sys.argv, ["tinylora.train", *arguments]
+    try:
+        with pytest.raises(SystemExit) as caught:
+            run_command(train.main)
+    finally:
+        sys.argv = before
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return " ".join(error.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "/no/such/model"], "--model /no/such/model: no such directory"),
+        (["--u", "0"], "--u 0: it must be at least 1"),
+        (["--n-tie", "0"], "--n-tie 0"),
+        (["--num-generations", "1"], "--num-generations 1"),
+        (["--temperature", "0"], "--temperature 0"),
+        (["--top-p", "0"], "--top-p 0"),
+        (["--r", "1000"], "--r 1000: the smallest adapted weight has only 64"),
+        (["--prompts-per-step", "100000"], "--prompts-per-step 100000"),
+        (["--max-completion-length", "256"], "0 usable prompts"),
+        (["--data", "x.jsonl"], "--data needs a task"),
+        (["--dataset", "gsm8k", "--data", "/no/such.jsonl"], "cannot read /no/such.jsonl"),
+        (["--reward", "no_such_module:f"], "--reward no_such_module:f"),
+        (["--reward", "math"], "--reward math"),
+        (["--config", "/no/such.toml"], "--config /no/such.toml"),
+        (["--resume"], "--resume needs --output-dir"),
+        (["--no-such-flag", "1"], "no-such-flag"),
+        (["--learning-rate", "fast"], "learning-rate"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_flags(tmp_path, capsys, arguments, says):
+    out = [] if "--resume" in arguments else ["--output-dir", str(tmp_path / "run")]
+    assert says in fails(capsys, *arguments, *out)
+    assert not list(tmp_path.iterdir()), "nothing may be written"
+
+
+def test_bad_data(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    for content, says in (
+        ('{"prompt": "x", "answer": "#### 1"}\n', "row 1 has no text column 'question'"),
+        ('{"question": "x", "answer": "1"}\n', "the answer of row 1 does not end in '#### number'"),
+        ('{"question": "x"\n', "line 1 is not JSON"),
+        ("", "has no rows"),
+    ):
+        file.write_text(content)
+        assert says in fails(capsys, "--dataset", "gsm8k", "--data", str(file), "--output-dir", str(tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+
+
+def test_bad_config_file(tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text("learning-rat = 1\n")
+    assert "unknown settings learning_rat" in fails(capsys, "--config", str(file))
+    file.write_text("learning-rate = \n")
+    assert "not valid TOML" in fails(capsys, "--config", str(file))
+
+
+def test_config_file_and_flags(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('learning-rate = 0.5\nu = 3\ntarget-modules = ["q_proj", "o_proj"]\nn_tie = 4\n')
+    config = train.parse(["--config", str(file), "--u", "2"])
+    assert (config.learning_rate, config.u, config.n_tie, config.target_modules) == (0.5, 2, 4, ("q_proj", "o_proj"))
+    assert config.dataset == "builtin" and config.num_generations == 8, "the built-in preset holds where nothing is said"
+    real = train.parse(["--model", "Qwen/Qwen2.5-7B-Instruct"])
+    assert (real.dataset, real.u, real.n_tie, real.learning_rate) == ("gsm8k", 1, 16, 2e-4)
+
+
+def test_bad_output_directories(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    short = ["--max-steps", "1", *SHORT]
+    assert "cannot be written" in fails(capsys, "--output-dir", str(tmp_path / "file" / "run"), *short)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    assert "is not empty" in fails(capsys, "--output-dir", str(tmp_path / "full"), *short)
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+    assert run("--output-dir", str(tmp_path / "run"), *short) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert "already holds a run" in fails(capsys, "--output-dir", str(tmp_path / "run"), *short)
+    different = fails(capsys, "--output-dir", str(tmp_path / "run"), "--resume", "--learning-rate", "0.5")
+    assert "different run: learning_rate was 0.01, now 0.5" in different
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_a_reward_function_that_fails_names_itself_and_loses_nothing(tmp_path, rewards, capsys):
+    for name, says in (("raises", "raised ZeroDivisionError"), ("short", "returned 1, not a list of 16 rewards")):
+        path = tmp_path / name
+        assert says in fails(capsys, "--output-dir", str(path), "--reward", f"my_rewards:{name}", "--max-steps", "1", *SHORT)
+        assert [r["step"] for r in rows(path)] == [0] and not (path / "adapter").exists()
+
+
+def test_missing_chat_template(tmp_path, capsys, tiny_model):
+    path = tiny_model("qwen2")
+    assert "tokenizer.json" in fails(
+        capsys, "--model", str(path), "--dataset", "builtin", "--output-dir", str(tmp_path / "run")
+    )
+
+
+def test_trainer_writes_nothing_before_everything_is_checked(tmp_path, monkeypatch):
+    """The last thing construction does is to start the run's directory."""
+    monkeypatch.setattr(Trainer, "_fitting", lambda self, rows: ([], 0))
+    with pytest.raises(InputError, match="usable prompts"):
+        run("--output-dir", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

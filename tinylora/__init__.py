@@ -1,0 +1,8 @@
+"""tinylora: train a handful of numbers on a frozen language model by reinforcement learning."""
+
+from tinylora.adapter import Adapter, TinyLoRAConfig, load_adapter
+from tinylora.errors import InputError
+from tinylora.model import load_model
+
+__version__ = "0.1.0"
+__all__ = ["Adapter", "InputError", "TinyLoRAConfig", "load_adapter", "load_model"]

@@ -1,0 +1,105 @@
+"""The frozen factors of every adapted weight: A = V_r^T (r, K) and B = U_r Sigma_r (N, r) of its truncated SVD.
+
+Never a full SVD. Up to `DENSE` on the smaller side: the Gram matrix in fp64 and eigh. Above: block Lanczos on it without
+forming it. Both are checked against the same residual, because randomised iteration quietly misses flat spectra. In fp64
+the factors, rounded to fp32, hardly depend on the thread count; their bits still may, so adapters compare them by
+tolerance.
+"""
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from tinylora.files import write_safetensors
+
+DENSE = 2048  # smaller sides up to this are solved densely
+TOLERANCE = 1e-6  # of sigma_1, on both residuals
+_CACHE_VERSION = 1
+
+
+def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A (r, K) with orthonormal rows and B (N, r) with B A the best rank-r approximation of weight (N, K); float32.
+
+    Signs are canonical: the entry of largest magnitude of each row of A is positive.
+    Raises RuntimeError where the residual does not reach TOLERANCE.
+    """
+    w = weight.detach().double()
+    tall = w.shape[0] >= w.shape[1]
+    x = w if tall else w.T  # (big, small): its right singular vectors live on the smaller side
+    small = _dense(x, r) if x.shape[1] <= DENSE else _block_lanczos(x, r)  # (small, r), by falling singular value
+    # x @ small is (big, r) = singular vectors times sigma. qr, and no division, for weights of a rank below r.
+    big, triangle = torch.linalg.qr(x @ small)
+    sigma = triangle.diagonal().abs()
+    big = big * torch.ones_like(sigma).copysign(triangle.diagonal())
+    residual = ((x.T @ big - small * sigma).norm(dim=0) / sigma[0].clamp_min(1e-300)).max().item()
+    if not residual <= TOLERANCE:
+        raise RuntimeError(f"truncated SVD of a {tuple(weight.shape)} weight stopped at residual {residual:.1e}")
+    u, v = (big, small) if tall else (small, big)
+    signs = v.gather(0, v.abs().argmax(0, keepdim=True)).sign()
+    return (v * signs).T.float().contiguous(), (u * sigma * signs).float().contiguous()
+
+
+def _dense(x: Tensor, r: int) -> Tensor:
+    """The r leading right singular vectors (small, r) of x (big, small), from its Gram matrix."""
+    return torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, :r]
+
+
+def _block_lanczos(x: Tensor, r: int, block: int = 8, most: int = 800) -> Tensor:
+    """The r leading right singular vectors (small, r) of x (big, small): Krylov space of x^T x, reorthogonalised fully.
+
+    The start block is fixed, so the result is repeatable. Stops when the residual is a tenth of TOLERANCE.
+    """
+    block = max(block, 2 * r)
+    start = torch.Generator().manual_seed(0)
+    q = torch.randn(x.shape[1], block, generator=start, dtype=torch.float64).to(x.device)
+    q = torch.linalg.qr(q).Q
+    basis, images = q, x.T @ (x @ q)  # (small, k) each
+    while True:
+        full = basis.shape[1] + block > min(most, x.shape[1])
+        if full or basis.shape[1] // block % 4 == 1:  # the small eigenproblem is not worth solving for every block
+            values, vectors = torch.linalg.eigh(basis.T @ images)
+            top, lam = vectors.flip(1)[:, :r], values.flip(0)[:r]
+            ritz = basis @ top
+            # |x^T x v - lambda v| / lambda_1 is what the caller's residual, relative to sigma_1, comes to
+            residual = ((images @ top - ritz * lam).norm(dim=0) / lam[0].clamp_min(1e-300)).max().item()
+            if full or residual <= TOLERANCE / 10:
+                return ritz
+        q = images[:, -block:]
+        for _ in range(2):  # once is not enough in floating point, nor are two before the qr where q has a lower rank
+            q = torch.linalg.qr(q - basis @ (basis.T @ q)).Q
+        basis, images = torch.cat([basis, q], 1), torch.cat([images, x.T @ (x @ q)], 1)
+
+
+def cache_dir() -> Path:
+    """Where factors are cached: $TINYLORA_CACHE, or tinylora/ in the user's cache directory."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TINYLORA_CACHE") or Path(home) / "tinylora")
+
+
+def compute_basis(weights: dict[str, Tensor], r: int, key: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of each named weight, from the cache file `key` if it is whole, else computed and cached.
+
+    `key` must name the weights' content. A cache that cannot be read or written costs time, never the run.
+    """
+    path = cache_dir() / f"basis-{key}-r{r}-v{_CACHE_VERSION}.safetensors"
+    try:
+        stored = load_file(path)
+        return {name: (stored[f"{name}.A"], stored[f"{name}.B"]) for name in weights}
+    except FileNotFoundError:
+        pass
+    except (OSError, SafetensorError, KeyError) as error:
+        warnings.warn(f"ignoring the unreadable factor cache {path}: {error}", stacklevel=2)
+    names = tqdm(weights, desc="factors", unit="weight", leave=False, delay=2)
+    factors = {name: truncated_svd(weights[name], r) for name in names}
+    tensors = {f"{name}.{side}": f for name, pair in factors.items() for side, f in zip("AB", pair, strict=True)}
+    try:
+        write_safetensors(path, {name: t.cpu() for name, t in tensors.items()})
+    except OSError as error:
+        warnings.warn(f"factors are not cached: {error}", stacklevel=2)
+    return factors

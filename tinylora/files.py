@@ -1,0 +1,32 @@
+"""Atomic files: at every moment a path is absent, the old file or the whole new one. Never pickle."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+PARTIAL = ".partial"  # ending of the hidden file that a kill may leave beside the whole one
+
+
+def write_text(path: Path, text: str) -> None:
+    _replace(path, lambda partial: Path(partial).write_text(text))
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    _replace(path, lambda partial: save_file(tensors, partial, metadata))
+
+
+def _replace(path: Path, write: Callable[[str], object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+    os.close(handle)
+    try:
+        write(partial)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,118 @@
+"""What a decoder needs to know of a Hugging Face config.json. Differences between families are data here, not classes."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinylora.errors import InputError
+
+FAMILIES = ("qwen2", "qwen3", "llama")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    tied_head: bool
+    rope: dict[str, Any]  # rope_type, rope_theta and the type's own numbers
+    max_positions: int
+    dtype: str  # of the checkpoint
+
+    def shape(self, projection: str) -> tuple[int, int]:
+        """Rows and columns of a projection's weight."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (q, self.hidden_size),
+            "k_proj": (kv, self.hidden_size),
+            "v_proj": (kv, self.hidden_size),
+            "o_proj": (self.hidden_size, q),
+            "gate_proj": (self.intermediate_size, self.hidden_size),
+            "up_proj": (self.intermediate_size, self.hidden_size),
+            "down_proj": (self.hidden_size, self.intermediate_size),
+        }[projection]
+
+    @staticmethod
+    def load(directory: Path) -> "ModelConfig":
+        """Read directory/config.json; InputError where it is missing, broken or not one of the three families."""
+        path = directory / "config.json"
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise InputError(f"{directory} is not a model directory: it has no config.json") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not valid JSON: {error}") from None
+        return ModelConfig.from_dict(raw, str(path))
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any], source: str = "config") -> "ModelConfig":
+        family = raw.get("model_type", "unnamed")
+        unsupported = []
+        if family not in FAMILIES:
+            unsupported.append(f"model_type {family!r} (supported: {', '.join(FAMILIES)})")
+        if raw.get("hidden_act", "silu") != "silu":
+            unsupported.append(f"hidden_act {raw['hidden_act']!r}")
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+        if rope["rope_type"] not in ("default", "linear", "llama3"):
+            unsupported.append(f"rope scaling {rope['rope_type']!r}")
+        for flag in ("use_sliding_window", "mlp_bias", "quantization_config"):
+            if raw.get(flag):
+                unsupported.append(flag)
+        if unsupported:
+            raise InputError(f"{source} asks for what this decoder does not have: {'; '.join(unsupported)}")
+        try:
+            heads = raw["num_attention_heads"]
+            return ModelConfig(
+                family=family,
+                vocab_size=raw["vocab_size"],
+                hidden_size=raw["hidden_size"],
+                intermediate_size=raw["intermediate_size"],
+                num_layers=raw["num_hidden_layers"],
+                num_heads=heads,
+                num_kv_heads=raw.get("num_key_value_heads") or heads,
+                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+                norm_eps=raw.get("rms_norm_eps", 1e-6),
+                qkv_bias=family == "qwen2" or raw.get("attention_bias", False),
+                o_bias=family != "qwen2" and raw.get("attention_bias", False),
+                qk_norm=family == "qwen3",
+                tied_head=raw.get("tie_word_embeddings", False),
+                rope=rope,
+                max_positions=raw.get("max_position_embeddings", 2048),
+                dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
+            )
+        except KeyError as error:
+            raise InputError(f"{source} has no {error}") from None
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Rotation per position of each of the head_dim/2 pairs: float32 (head_dim/2,).
+
+    "llama3" (Llama 3.1) slows the frequencies whose wavelength exceeds the original context and blends the band between.
+    """
+    rope, half = config.rope, torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    frequencies = 1.0 / rope["rope_theta"] ** half
+    if rope["rope_type"] == "linear":
+        return frequencies / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        wavelengths = 2 * math.pi / frequencies
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        blend = (rope["original_max_position_embeddings"] / wavelengths - low) / (high - low)
+        blend = blend.clamp(0, 1)  # 0: slowed by the factor; 1: left alone
+        return frequencies * blend + frequencies / rope["factor"] * (1 - blend)
+    return frequencies

@@ -1,0 +1,130 @@
+"""Load a Hugging Face directory or hub id of safetensors into a Decoder, fusing qkv and gate+up on the way."""
+
+import json
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tinylora.errors import InputError
+from tinylora.kernels.frozen_linear import FrozenLinear
+from tinylora.model.config import ModelConfig
+from tinylora.model.decoder import GROUPS, Decoder, Layer, module_name
+
+BUILTIN = Path(__file__).parent.parent / "demo" / "base"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def resolve_model(path_or_id: str) -> Path:
+    """A local directory for a path, a hub id, or "builtin". InputError where there is none."""
+    if path_or_id == "builtin":
+        return BUILTIN
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):
+        raise InputError(f"--model {path_or_id}: no such directory, and not a hub id like Qwen/Qwen2.5-0.5B-Instruct")
+    from huggingface_hub import snapshot_download  # slow to import, and only hub ids need it
+
+    try:
+        return Path(snapshot_download(path_or_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        raise InputError(f"--model {path_or_id}: no such directory, and the hub did not give it: {error}") from None
+
+
+def load_model(path_or_id: str, device: str = "auto", dtype: str = "auto") -> Decoder:
+    """A frozen Decoder from a directory or hub id ("builtin": the model that comes with the package).
+
+    device "auto" is CUDA where there is one; dtype "auto" is the checkpoint's on CUDA and float32 on a CPU.
+    InputError for a missing directory, an unsupported architecture, a broken or missing file, a missing or misshapen tensor.
+    """
+    directory = resolve_model(path_or_id)
+    config = ModelConfig.load(directory)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else config.dtype
+    if dtype not in _DTYPES:
+        raise InputError(f"--dtype {dtype}: choose one of auto, {', '.join(_DTYPES)}")
+    return build_decoder(config, _Checkpoint(directory, torch.device(device), _DTYPES[dtype]), directory)
+
+
+class _Checkpoint:
+    """Tensors of a safetensors checkpoint by name, one file or sharded, each hashed as it is read."""
+
+    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
+        self.directory, self.device, self.dtype = directory, device, dtype
+        self.digests: dict[str, str] = {}
+        index = directory / "model.safetensors.index.json"
+        try:
+            if index.exists():
+                self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            else:
+                with safe_open(directory / "model.safetensors", "pt") as file:
+                    self.files = dict.fromkeys(file.keys(), "model.safetensors")
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"{directory}: no readable model.safetensors (or its index): {error}") from None
+        self._open: dict[str, safe_open] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """The tensor, on the device in the dtype asked for."""
+        if name not in self.files:
+            raise InputError(f"{self.directory}: the checkpoint has no tensor {name}")
+        path = self.directory / self.files[name]
+        try:
+            if path.name not in self._open:
+                self._open[path.name] = safe_open(path, "pt")
+            tensor = self._open[path.name].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} cannot be read ({error}); download it again") from None
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, its config.json says {shape}")
+        self.digests[name] = content_hash(tensor)
+        return tensor.to(self.device, self.dtype)
+
+
+def content_hash(tensor: Tensor) -> str:
+    """xxh3-128 of a tensor's dtype, shape and bytes: tells contents apart; it is no defence against forgery."""
+    h = xxhash.xxh3_128(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    h.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+def build_decoder(config: ModelConfig, read: "_Checkpoint", directory: Path) -> Decoder:
+    """Read every tensor the config calls for, segment by segment into its fused buffer."""
+    c = config
+
+    def linear(layer: int, types: tuple[str, ...], bias: bool) -> FrozenLinear:
+        rows, columns = [c.shape(t)[0] for t in types], c.shape(types[0])[1]
+        weight = torch.empty(sum(rows), columns, dtype=read.dtype, device=read.device)
+        biases = torch.empty(sum(rows), dtype=read.dtype, device=read.device) if bias else None
+        start = 0
+        for type_, size in zip(types, rows, strict=True):
+            name = module_name(layer, type_)
+            weight[start : start + size] = read(f"{name}.weight", size, columns)
+            if biases is not None:
+                biases[start : start + size] = read(f"{name}.bias", size)
+            start += size
+        return FrozenLinear(weight, biases)
+
+    layers = []
+    for i in range(c.num_layers):
+        prefix, (qkv, o, gate_up, down) = f"model.layers.{i}", GROUPS
+        layers.append(
+            Layer(
+                input_norm=read(f"{prefix}.input_layernorm.weight", c.hidden_size),
+                qkv=linear(i, qkv, c.qkv_bias),
+                q_norm=read(f"{prefix}.self_attn.q_norm.weight", c.head_dim) if c.qk_norm else None,
+                k_norm=read(f"{prefix}.self_attn.k_norm.weight", c.head_dim) if c.qk_norm else None,
+                o=linear(i, o, c.o_bias),
+                post_norm=read(f"{prefix}.post_attention_layernorm.weight", c.hidden_size),
+                gate_up=linear(i, gate_up, False),
+                down=linear(i, down, False),
+            )
+        )
+    embedding = read("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
+    norm = read("model.norm.weight", c.hidden_size)
+    head = embedding if c.tied_head else read("lm_head.weight", c.vocab_size, c.hidden_size)
+    return Decoder(config, embedding, layers, norm, head, read.digests, directory)

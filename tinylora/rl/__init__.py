@@ -1,0 +1,1 @@
+"""GRPO, left to right: task -> rollout -> rewards -> advantages -> update. Each file talks to its neighbours alone."""

@@ -1,0 +1,173 @@
+"""Every setting of a training run. Names are TRL's and PEFT's where the same thing exists there."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tinylora.adapter import TinyLoRAConfig
+from tinylora.errors import InputError
+from tinylora.model.decoder import PROJECTIONS
+
+# The built-in task's recipe: what `python -m tinylora.train` uses where nothing else is said. Everywhere else the defaults
+# below hold: the paper's recipe for 13 numbers on a 7B model.
+BUILTIN_PRESET: dict[str, Any] = {
+    "dataset": "builtin",
+    "u": 13,
+    "n_tie": "all",
+    "learning_rate": 0.01,
+    "warmup_steps": 0,
+    "num_generations": 8,
+    "max_steps": 40,
+    "max_completion_length": 40,
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a handful of numbers on a frozen model by GRPO. With no flags: 13 numbers on the built-in base, about a minute on
+    a CPU. A step's batch is --prompts-per-step PROMPTS times --num-generations completions (TRL counts completions).
+    --config FILE.toml gives settings by these names; flags win over it."""
+
+    model: str = "builtin"
+    """Hugging Face directory or hub id of a Qwen2/2.5, Qwen3 or Llama 3.x model; "builtin" comes with the package."""
+    dataset: Literal["builtin", "gsm8k"] = "gsm8k"
+    """The task. gsm8k is read from the hub (openai/gsm8k) unless --data is given."""
+    data: str | None = None
+    """Local rows for the task: a JSONL file, or a folder with train.jsonl and test.jsonl."""
+    reward: str | None = None
+    """Your own reward function, "package.module:function", with TRL's signature. Default: exact match of the answer."""
+    extractor: Literal["strict", "flexible"] = "strict"
+    """How an answer is read for the reward: strict is the number after "####", flexible the last number."""
+
+    r: int = 2
+    """Rank of the frozen factors."""
+    u: int = 1
+    """Trained numbers per group."""
+    n_tie: int | Literal["all"] = 16
+    """Modules that share one group's numbers; "all" is a single group."""
+    tie_mode: Literal["tiled", "structured"] = "tiled"
+    """tiled: neighbours in depth share, whatever their type; structured: neighbours of the same type share."""
+    target_modules: tuple[str, ...] = PROJECTIONS
+    """The projections to adapt."""
+    param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision v is used and stored in; the optimizer's copy is float32."""
+
+    learning_rate: float = 2e-4
+    """Adam's. 2e-4 suits 13 numbers on a 7B model; scale as 1/sqrt(u). (TRL's 1e-6 would not move v.)"""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after the warm-up; linear and cosine end at zero."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up."""
+    max_grad_norm: float = 0.0
+    """Clip the gradient of v to this norm; 0 is off."""
+    num_train_epochs: float = 3.0
+    """Passes over the training prompts, unless --max-steps is given."""
+    max_steps: int = -1
+    """Number of steps; -1: by --num-train-epochs."""
+
+    prompts_per_step: int = 16
+    """PROMPTS per step."""
+    num_generations: int = 4
+    """Completions sampled for each prompt."""
+    num_iterations: int = 1
+    """Optimizer steps on each batch of completions."""
+    max_completion_length: int = 1024
+    """Tokens after which a completion is cut off."""
+    temperature: float = 1.0
+    """Of sampling, and of the log-probabilities."""
+    top_p: float = 1.0
+    """Nucleus sampling; under 1 the importance ratio is biased, as in TRL."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 is off. Biased like --top-p."""
+
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
+    """Normalisation of the token losses: per completion, by the budget, or by the step's tokens."""
+    beta: float = 0.0
+    """Weight of the KL to the base model (the adapter off: no second model)."""
+    epsilon: float = 0.2
+    """Clip range of the probability ratio."""
+    epsilon_high: float | None = None
+    """Upper clip range; default: epsilon."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Whose standard deviation divides the advantages."""
+    importance_sampling_cap: float = 2.0
+    """Cap of the per-token weight p(update)/p(rollout); 0 turns the correction off."""
+    mask_truncated_completions: bool = False
+    """Leave completions that were cut off out of the loss."""
+    microbatch_tokens: int = 4096
+    """Most tokens in one forward and backward of the update; changes memory and speed, not the result."""
+
+    eval_size: int = 1024
+    """Held-out problems scored before the first and after the last step; 0: no evaluation."""
+    eval_steps: int = 0
+    """Also evaluate every so many steps; 0: only before and after."""
+    save_steps: int = 1
+    """Checkpoint every so many steps. A checkpoint is a few hundred bytes."""
+    logging_steps: int = 1
+    """Update the progress line every so many steps; metrics.jsonl gets every step."""
+
+    seed: int = 0
+    """Of the prompts' order, of sampling, and of P unless --projection-seed is given."""
+    projection_seed: int | None = None
+    """Seed of the random projections P. The draw of P moves results by several points: report several."""
+    output_dir: str | None = None
+    """Where the run goes; default: runs/MODEL-DATE-TIME."""
+    resume: bool = False
+    """Continue the run in --output-dir, bit for bit. Its settings are the defaults then."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the frozen model; auto: the checkpoint's on CUDA, float32 on a CPU."""
+
+    def __post_init__(self) -> None:
+        self.adapter  # noqa: B018  checks r, u, tying and dtype
+        for name in (
+            "prompts_per_step",
+            "num_iterations",
+            "max_completion_length",
+            "microbatch_tokens",
+            "save_steps",
+            "logging_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(f"{flag(name)} {getattr(self, name)}: it must be at least 1")
+        for name in (
+            "learning_rate",
+            "warmup_steps",
+            "max_grad_norm",
+            "beta",
+            "epsilon",
+            "top_k",
+            "eval_size",
+            "eval_steps",
+            "importance_sampling_cap",
+        ):
+            if getattr(self, name) < 0:
+                raise InputError(f"{flag(name)} {getattr(self, name)}: it must not be negative")
+        if self.num_generations < 2:
+            raise InputError(f"--num-generations {self.num_generations}: an advantage needs at least 2 completions a prompt")
+        if self.temperature <= 0:
+            raise InputError(f"--temperature {self.temperature}: training samples, so it must be positive")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p {self.top_p}: it must be in (0, 1]")
+        if self.max_steps < 1 and self.num_train_epochs <= 0:
+            raise InputError(f"--num-train-epochs {self.num_train_epochs}: it must be positive, or give --max-steps")
+        if self.dataset == "builtin" and self.data is not None:
+            raise InputError("--data needs a task that reads rows: add --dataset gsm8k")
+
+    @property
+    def adapter(self) -> TinyLoRAConfig:
+        return TinyLoRAConfig(
+            r=self.r,
+            u=self.u,
+            n_tie=self.n_tie,
+            tie_mode=self.tie_mode,
+            target_modules=tuple(self.target_modules),
+            seed=self.seed,
+            projection_seed=self.projection_seed,
+            param_dtype=self.param_dtype,
+        )
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a setting."""
+    return "--" + name.replace("_", "-")

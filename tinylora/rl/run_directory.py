@@ -1,0 +1,130 @@
+"""A run on disk: config.json, metrics.jsonl, evaluations/, adapter/, checkpoint/. Killed at any moment, it can go on.
+
+A checkpoint is one file, renamed into place before its step's metrics row is appended, and carries that row. Resuming
+therefore finds either both, or the row in the checkpoint; rows beyond the checkpoint and a torn last line are dropped.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tinylora.errors import InputError
+from tinylora.files import PARTIAL, write_safetensors, write_text
+
+# The only metrics that two runs of the same settings may differ in.
+CLOCK_METRICS = ("step_time", "rollout_time", "reward_time", "update_time", "tokens_per_second", "rollout_tokens_per_second")
+# Settings that may change when a run goes on; none of them touches the result.
+FREE_SETTINGS = ("resume", "output_dir", "save_steps", "logging_steps")
+V_IN_METRICS = 1024  # trained numbers up to which each step's v is in its metrics row; above, in a file of its own
+
+Row = dict[str, Any]
+
+
+class RunDirectory:
+    def __init__(self, path: Path, about: Row, resume: bool) -> None:
+        """Start a run in `path`, or take up the one that is there. `about` is what config.json says.
+
+        InputError where the directory cannot be written, already holds a run, or holds a different one.
+        """
+        self.path = path
+        self.rows: list[Row] = []
+        self.checkpoint: tuple[dict[str, Tensor], Row] | None = None
+        stored = _read_json(path / "config.json")
+        if stored is not None and not resume:
+            raise InputError(f"--output-dir {path} already holds a run; add --resume to continue it, or choose another")
+        if stored is None and resume:
+            raise InputError(f"--resume: {path} holds no run")
+        if stored is None and path.is_dir() and any(not p.name.endswith(PARTIAL) for p in path.iterdir()):
+            raise InputError(f"--output-dir {path} is not empty and holds no run; choose another")
+        try:
+            if stored is None:
+                write_text(path / "config.json", json.dumps(about, indent=2) + "\n")
+            else:
+                self._take_up(stored, about)
+        except OSError as error:
+            raise InputError(f"--output-dir {path} cannot be written: {error.strerror}") from None
+
+    def _take_up(self, stored: Row, about: Row) -> None:
+        old, new = stored["settings"], about["settings"]
+        changed = [k for k in new if k not in FREE_SETTINGS and json.loads(json.dumps(new[k])) != old.get(k)]
+        if changed:
+            said = ", ".join(f"{k} was {old.get(k)!r}, now {new[k]!r}" for k in changed)
+            raise InputError(f"--resume: {self.path} holds a different run: {said}")
+        if stored["base_model_hash"] != about["base_model_hash"]:
+            raise InputError(f"--resume: the weights of {new['model']} are not those the run in {self.path} began with")
+        file = self.path / "checkpoint" / "state.safetensors"
+        step = 0
+        if file.exists():
+            try:
+                with safe_open(file, "pt") as state:
+                    tensors = {name: state.get_tensor(name) for name in state.keys()}  # noqa: SIM118  not a dict
+                    row = json.loads(state.metadata()["row"])
+            except (SafetensorError, KeyError, ValueError) as error:
+                raise InputError(f"--resume: {file} cannot be read: {error}") from None
+            self.checkpoint, step = (tensors, row), row["step"]
+        metrics = self.path / "metrics.jsonl"
+        for line in metrics.read_text().splitlines() if metrics.exists() else ():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break  # torn by the kill; nothing follows it
+            if row["step"] <= step:
+                self.rows.append(row)
+        if self.checkpoint and not any(r["step"] == step and "reward" in r for r in self.rows):
+            self.rows.append(self.checkpoint[1])
+        write_text(metrics, "".join(json.dumps(r) + "\n" for r in self.rows))
+
+    def save_checkpoint(self, tensors: dict[str, Tensor], row: Row) -> None:
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        write_safetensors(self.path / "checkpoint" / "state.safetensors", tensors, {"row": json.dumps(row)})
+
+    def keep_v(self, step: int, v: Tensor) -> None:
+        """Keep a step's v where it is too long for the metrics."""
+        write_safetensors(self.path / "checkpoint" / "v" / f"step-{step:06d}.safetensors", {"v": v.detach().cpu().contiguous()})
+
+    def append(self, row: Row) -> None:
+        """Add a metrics row; its bytes are handed to the system at once."""
+        self.rows.append(row)
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def has_evaluation_row(self, step: int) -> bool:
+        return any(r["step"] == step and "eval/n" in r for r in self.rows)
+
+    def load_evaluation(self, step: int) -> Row | None:
+        return _read_json(self.path / "evaluations" / f"step-{step:06d}.json")
+
+    def save_evaluation(self, step: int, scores: Row) -> None:
+        write_text(self.path / "evaluations" / f"step-{step:06d}.json", json.dumps(scores) + "\n")
+
+
+def v_at_step(path: Path, step: int) -> Tensor:
+    """v (flat) as used after training step `step` of the run in `path`; InputError where the run has no such step."""
+    if step == 0:
+        raise InputError("step 0 is the base model: v is zero")
+    file = path / "checkpoint" / "v" / f"step-{step:06d}.safetensors"
+    if file.exists():
+        with safe_open(file, "pt") as stored:
+            return stored.get_tensor("v").flatten()
+    try:
+        lines = (path / "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        raise InputError(f"{path} holds no run") from None
+    for line in lines:
+        row = json.loads(line)
+        if row["step"] == step and "adapter/v" in row:
+            return torch.tensor(row["adapter/v"])
+    raise InputError(f"the run in {path} has no step {step}")
+
+
+def _read_json(path: Path) -> Row | None:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None

@@ -1,0 +1,46 @@
+"""Text: chat messages to prompt ids by the model's own template, completion ids to text, and which ids end one."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tinylora.errors import InputError
+
+
+class Text:
+    """The tokenizer of a model directory."""
+
+    def __init__(self, directory: Path) -> None:
+        # tokenizer.json as it stands: for Qwen2 AutoTokenizer puts a splitter of its own in place of the file's.
+        from transformers import PreTrainedTokenizerFast  # takes seconds to import
+
+        if not (directory / "tokenizer.json").exists():
+            raise InputError(f"{directory} has no tokenizer.json")
+        try:
+            self.tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
+            raise InputError(f"{directory} has no tokenizer that transformers can load: {error}") from None
+        if self.tokenizer.chat_template is None:
+            raise InputError(f"{directory} has no chat template; use the model's Instruct version")
+        self.eos_ids = _eos_ids(directory, self.tokenizer.eos_token_id)
+
+    def prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of the conversation with the assistant's turn opened."""
+        ids: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return list(ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _eos_ids(directory: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
+    """From generation_config.json, whose sampling fields are not read; else config.json; always the tokenizer's too."""
+    ids: set[int] = set() if tokenizer_eos is None else {tokenizer_eos}
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            ids |= set(found) if isinstance(found, list) else {found}
+            break
+    return tuple(sorted(ids))

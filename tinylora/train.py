@@ -1,0 +1,73 @@
+"""python -m tinylora.train: train a handful of numbers by GRPO. `--help` lists every setting."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from tinylora.cli import read_settings, run_command, split_flag
+from tinylora.errors import InputError
+from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
+from tinylora.rl.evaluation import summary
+from tinylora.rl.trainer import Trainer
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """Flags over the --config file over, with --resume, the run's own settings, over the model's preset."""
+    arguments = [dashed(a) for a in arguments]
+    path, arguments = split_flag(arguments, "--config")
+    model, _ = split_flag(arguments, "--model")
+    output_dir, _ = split_flag(arguments, "--output-dir")
+    epochs, _ = split_flag(arguments, "--num-train-epochs")
+    settings: dict[str, Any] = read_settings(path, TrainConfig) if path else {}
+    if "--resume" in arguments:
+        if output_dir is None:
+            raise InputError("--resume needs --output-dir, the run to continue")
+        settings = {**_stored_settings(Path(output_dir)), **settings}
+    elif (model or settings.get("model", "builtin")) == "builtin":
+        settings = {**BUILTIN_PRESET, **({"max_steps": -1} if epochs else {}), **settings}
+    program = "python -m tinylora.train"
+    return tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**settings), prog=program)
+
+
+def dashed(argument: str) -> str:
+    """--output_dir=a_b as --output-dir=a_b; anything that is no flag as it is."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+
+
+def _stored_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((path / "config.json").read_text())["settings"]
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"--resume: {path} holds no run") from None
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+
+
+def describe(trainer: Trainer) -> str:
+    c, count = trainer.config, trainer.adapter.num_parameters
+    batch = f"{c.prompts_per_step} prompts x {c.num_generations} completions"
+    return (
+        f"training {count} number{'s' if count > 1 else ''} on {c.model} ({len(trainer.adapter.group_of)} modules), "
+        f"{c.dataset}, {trainer.max_steps} steps of {batch}, into {trainer.run_directory.path}"
+    )
+
+
+def main(arguments: list[str]) -> int:
+    trainer = Trainer(parse(arguments))
+    print(describe(trainer), flush=True)
+    finished = trainer.train()
+    path = trainer.run_directory.path
+    if not finished:
+        print(f"stopped after step {trainer.step} of {trainer.max_steps}; go on with --output-dir {path} --resume")
+        return 130
+    if trainer.test_rows:
+        print("\n" + summary(trainer.evaluate(0), trainer.evaluate(trainer.max_steps)))
+    size = sum(t.numel() * t.element_size() for t in [trainer.adapter.v])
+    print(f"\n{trainer.adapter.num_parameters} trained numbers ({size} bytes) in {path / 'adapter'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
