@@ -58,7 +58,7 @@ class KVCache:
 
     def select(self, slots: Tensor) -> None:
         """Keep these slots, in this order; the others are gone. A slot may be named more than once."""
-        self.keys, self.values = self.keys[:, slots], self.values[:, slots]
+        self.keys, self.values = self.keys.index_select(1, slots), self.values.index_select(1, slots)
 
     def reserve(self, positions: int, growth: int) -> None:
         """Make room for this many positions, and `growth` more where there was too little."""
