@@ -10,7 +10,7 @@ FOLDER = Path(__file__).parent / "interpreted"
 
 def test_interpreted_kernels():
     """Exit status 0 means that tests were collected and that all passed; 5 that there were none."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(FOLDER)]
+    command = [sys.executable, "-m", "pytest", "--tb=short", "-p", "no:cacheprovider", str(FOLDER)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=FOLDER.parent.parent)
     print(done.stdout + done.stderr)
