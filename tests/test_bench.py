@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import measure, ops
+from bench import attach, measure, ops
 from bench.measure import Rounds, call_seconds, in_turns, peak_extra_bytes
 from bench.ops import MODELS, check_agreement, head_case, linear_case, norm_case, swiglu_case
+from tinylora.basis import truncated_svd
 
 F32 = torch.float32
 PASSES = ("forward", "forward+backward")
@@ -206,3 +207,22 @@ def test_input_sets_are_beyond_the_cache() -> None:
     """Twice the cache between two uses of one set, where 64 sets do it."""
     assert [ops._sets(one, 50_000_000) for one in (2_000_000, 10**9, 10**5)] == [51, 2, 64]
     assert ops._sets(10**6, 0) == 2
+
+
+def test_attach(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The factors of 14 small weights, and a residual that sees a wrong one."""
+    kept = os.environ["TINYLORA_CACHE"]
+    attach.main(["--model", "tiny", "--layers", "2", "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["bench"], result["weights"], os.environ["TINYLORA_CACHE"]) == ("attach", 14, kept)
+    assert 0 < result["worst_residual"] <= 1e-6 and result["cold_seconds"] > result["warm_seconds"] > 0
+    # A and B of 14 modules in fp32 and a header
+    numbers = sum(2 * sum(w.shape) for w in attach.gaussian(2, "tiny", "cpu").values())
+    assert 4 * numbers < result["cache_bytes"] < 4 * numbers + 10_000
+
+    weight = attach.gaussian(1, "tiny", "cpu")["model.layers.0.self_attn.q_proj"]
+    a, b = truncated_svd(weight, 2)
+    assert attach.residual(weight, a, b) <= 1e-6
+    assert attach.residual(weight, a, b.flip(0)) > 0.1
+    mixed = torch.eye(64)[:2]  # W a = b holds for any a; that b is a left singular vector does not
+    assert attach.residual(weight, mixed, weight @ mixed.T) > 0.1
