@@ -1,0 +1,127 @@
+"""Compile every Triton kernel for sm_80, sm_90 and sm_100 on a machine without a GPU, and read what came out.
+
+    python tests/aot.py        one line of JSON per kernel and architecture
+
+A launcher called with meta tensors compiles through the real launcher (`tinylora.kernels.launch`), so divisibility and
+pointer specialisation are those of a run. Not under TRITON_INTERPRET: interpreter and compiler cannot share a process.
+
+To add a kernel: a function that calls its launcher with `meta(...)` tensors of real sizes, one line in CASES, and BUDGET in
+the kernel's module: {kernel's name: (registers a thread, bytes of shared memory)}.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from tinylora.kernels import launch, reduce_dm
+
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of shared memory that a block may ask for
+# SASS opcodes worth counting: spills, tensor cores of the three generations, asynchronous copies.
+OPCODES = ("LDL", "STL", "HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "UTMASTG")
+
+
+@dataclass
+class Case:
+    """`run` calls one launcher; every kernel that it compiles is checked against module.BUDGET."""
+
+    name: str
+    module: ModuleType
+    run: Callable[[], Any]
+    needs: dict[str, dict[int, set[str]]] = field(default_factory=dict)  # kernel -> architecture -> SASS opcodes
+    architectures: tuple[int, ...] = (80, 90, 100)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _reduce_dm(r: int, segments: int, adapters: int) -> Callable[[], Any]:
+    s = meta(16384, segments * r, dtype=torch.float32)
+    return lambda: reduce_dm.reduce_dm_triton(s, s, [64] * 256, adapters, meta(256, dtype=torch.int64), r)
+
+
+CASES = [
+    Case("reduce_dm r=2, 28 layers", reduce_dm, _reduce_dm(2, 28 * 7, 16)),
+    Case("reduce_dm r=1, 1 segment", reduce_dm, _reduce_dm(1, 1, 1)),
+]
+
+
+class FakeDriver:
+    """What Triton's launcher asks of a GPU before it compiles."""
+
+    def __init__(self, architecture: int):
+        self.architecture = architecture
+        properties = {"max_shared_mem": SHARED[architecture], "multiprocessor_count": 132}
+        self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # a device of its own for each architecture: compiled kernels are kept per device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_device_capability(self, device: int | None = None) -> tuple[int, int]:
+        return divmod(self.architecture, 10)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def cuobjdump(option: str, cubin: Path) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def inspect(kernel: Any) -> dict[str, Any]:
+    """Registers, stack, shared memory and instruction counts of one compiled kernel."""
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = Path(directory) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = dict(re.findall(r"(REG|STACK):(\d+)", cuobjdump("-res-usage", cubin)))
+        sass = cuobjdump("-sass", cubin)
+    # /*0070*/  @!P0 LDG.E.128 R4, ... ;
+    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", sass, re.MULTILINE))
+    return {
+        "kernel": kernel.metadata.name,
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),
+        "shared": kernel.metadata.shared,
+        "instructions": opcodes.total(),
+        "opcodes": {name: opcodes[name] for name in OPCODES if opcodes[name]},
+    }
+
+
+def reports() -> Iterator[dict[str, Any]]:
+    for architecture in SHARED:
+        triton.runtime.driver.set_active(FakeDriver(architecture))
+        for case in CASES:
+            if architecture not in case.architectures:
+                continue
+            launch.compiled.clear()
+            case.run()
+            for kernel in launch.compiled:
+                report = inspect(kernel)
+                registers, shared = case.module.BUDGET[report["kernel"]]
+                needs = case.needs.get(report["kernel"], {}).get(architecture, set())
+                expected = {"registers": registers, "shared": shared, "opcodes": sorted(needs)}
+                module = case.module.__name__.rpartition(".")[2]
+                yield {"case": case.name, "module": module, "architecture": architecture, **report, "expected": expected}
+
+
+if __name__ == "__main__":
+    for report in reports():
+        print(json.dumps(report), flush=True)
