@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tinylora.kernels import dispatch
+from tinylora.kernels.reduce_dm import reduce_dm_ref, reduce_dm_triton
 
 Outputs = Tensor | tuple[Tensor, ...]
 Case = tuple[str, Outputs, Outputs, Outputs]  # label, ours, plain, exact
@@ -30,8 +31,33 @@ Check = Callable[[torch.device, torch.dtype, int], list[Case]]  # device, dtype,
 
 GRACE = 30  # seconds a child gives its parent to end it, before it ends itself
 
+
+def normals(device: torch.device, dtype: torch.dtype, seed: int) -> Callable[..., Tensor]:
+    """randn(*shape): one draw after another, the same on every device before it is rounded to dtype.
+
+    `exact` is to be computed from the rounded inputs, widened again: the rounding of inputs is nobody's error.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def reduce_dm_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+    if dtype != torch.float32:
+        return []  # it refuses half precision
+    randn = normals(device, dtype, seed)
+    cases: list[Case] = []
+    shapes = ((2, 28, [300, 1, 77, 128], None), (2, 3, [5, 0, 4000], [2, 0, 2]), (3, 9, [70], [1]))
+    for r, segments, lengths, adapters in shapes:
+        s, t = (randn(sum(lengths) + 3, r * segments) for _ in range(2))
+        sequence_adapter = None if adapters is None else torch.tensor(adapters, device=device)
+        arguments = (lengths, 1 if adapters is None else 3, sequence_adapter, r)
+        ours, plain = reduce_dm_triton(s, t, *arguments), reduce_dm_ref(s, t, *arguments)
+        cases.append((f"r {r}, {segments} segments", ours, plain, reduce_dm_ref(s.double(), t.double(), *arguments)))
+    return cases
+
+
 # The check of each op, under the name that the op gives `runs_triton`.
-CHECKS: dict[str, Check] = {}
+CHECKS: dict[str, Check] = {"reduce_dm": reduce_dm_check}
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
