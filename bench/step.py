@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import card, foreign_load, gemm_rate, print_json, quantiles
+from bench.measure import Rounds, card, gemm_rate, print_json, quantiles
 from tinylora.cli import table
 from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
 from tinylora.rl.rewards import accuracy_reward
@@ -52,7 +52,7 @@ def peers(ours: Trainer, directory: Path, steps: int, on_round: Any) -> None:
         lengths.append(statistics.mean(map(len, completion_ids)))
         return reward(completions=completions, answer=answer)
 
-    class Rounds(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):  # type: ignore[misc]
         began = 0.0
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -85,7 +85,7 @@ def peers(ours: Trainer, directory: Path, steps: int, on_round: Any) -> None:
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=[Rounds()],
+        callbacks=[Clock()],
     )
     trainer.train()
 
@@ -101,7 +101,8 @@ def main() -> None:
         ours = Trainer(TrainConfig(**settings))
         seconds: dict[str, list[float]] = {"step/ours": [], "step/trl": [], "rollout/ours": [], "rollout/generate": []}
         tokens: dict[str, list[float]] = {"ours": [], "trl": [], "generate": []}
-        state: dict[str, Any] = {"load": None, "dropped": 0, "round": 0, "dead": []}
+        counted, state = Rounds(), {"round": 0}
+        dead: list[float] = []
 
         def on_round(trl_seconds: float, trl_length: float, peer: Any) -> None:
             state["round"] += 1
@@ -116,9 +117,7 @@ def main() -> None:
             new = out[:, padded["input_ids"].shape[1] :]
             ended = (new == peer.tokenizer.eos_token_id).int().cumsum(1)
             generated = int(((ended - (new == peer.tokenizer.eos_token_id).int()) == 0).sum())
-            state["load"], load = foreign_load(state["load"])
-            if state["round"] <= 2 or load > 0.04:
-                state["dropped"] += state["round"] > 2
+            if not counted.keep():
                 return
             seconds["step/trl"].append(trl_seconds)
             seconds["step/ours"].append(row["step_time"])
@@ -127,7 +126,7 @@ def main() -> None:
             tokens["trl"].append(trl_length)
             tokens["ours"].append(row["completions/mean_length"])
             tokens["generate"].append(generated / (PROMPTS * GENERATIONS))
-            state["dead"].append(row["frac_reward_zero_std"])
+            dead.append(row["frac_reward_zero_std"])
 
         peers(ours, Path(scratch) / "trl", rounds, on_round)
         if len(seconds["step/ours"]) < 3:
@@ -162,7 +161,7 @@ def main() -> None:
     }
     print(
         f"rollout {ratios['rollout']:.2f}x generate + PEFT in tokens/s, whole step {ratios['step']:.2f}x TRL + PEFT; "
-        f"{len(seconds['step/ours'])} rounds kept, {state['dropped']} dropped, dead groups {statistics.mean(state['dead']):.0%}"
+        f"{len(seconds['step/ours'])} rounds kept, {counted.dropped} dropped, dead groups {statistics.mean(dead):.0%}"
     )
     print_json(
         {
@@ -175,7 +174,7 @@ def main() -> None:
             "floor_seconds": {"rollout": rollout_floor, "step": step_floor},
             "ratios": ratios,
             "rounds_kept": len(seconds["step/ours"]),
-            "rounds_dropped": state["dropped"],
+            "rounds_dropped": counted.dropped,
         }
     )
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tinylora import basis
-from tinylora.basis import cache_dir, compute_basis, truncated_svd
+from tinylora.basis import compute_basis, truncated_svd
+from tinylora.files import cache_dir
 
 SHAPES = [(60, 24), (24, 60), (40, 40), (37, 23), (1, 9), (5, 4)]  # (N, K)
 

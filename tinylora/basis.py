@@ -6,9 +6,7 @@ the factors, rounded to fp32, hardly depend on the thread count; their bits stil
 tolerance.
 """
 
-import os
 import warnings
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tinylora.files import write_safetensors
+from tinylora.files import cache_dir, write_safetensors
 
 DENSE = 2048  # smaller sides up to this are solved densely
 TOLERANCE = 1e-6  # of sigma_1, on both residuals
@@ -74,12 +72,6 @@ def _block_lanczos(x: Tensor, r: int, block: int = 8, most: int = 800) -> Tensor
         for _ in range(2):  # once is not enough in floating point, nor are two before the qr where q has a lower rank
             q = torch.linalg.qr(q - basis @ (basis.T @ q)).Q
         basis, images = torch.cat([basis, q], 1), torch.cat([images, x.T @ (x @ q)], 1)
-
-
-def cache_dir() -> Path:
-    """Where factors are cached: $TINYLORA_CACHE, or tinylora/ in the user's cache directory."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TINYLORA_CACHE") or Path(home) / "tinylora")
 
 
 def compute_basis(weights: dict[str, Tensor], r: int, key: str) -> dict[str, tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""Atomic files: at every moment a path is absent, the old file or the whole new one. Never pickle."""
+"""Atomic files: at every moment a path is absent, the old file or the whole new one. Never pickle. And the cache's place."""
 
 import os
 import tempfile
@@ -9,6 +9,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 PARTIAL = ".partial"  # ending of the hidden file that a kill may leave beside the whole one
+
+
+def cache_dir() -> Path:
+    """Where what is costly to find out is kept: $TINYLORA_CACHE, or tinylora/ in the user's cache directory."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TINYLORA_CACHE") or Path(home) / "tinylora")
 
 
 def write_text(path: Path, text: str) -> None:

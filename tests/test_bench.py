@@ -1,0 +1,228 @@
+"""What the benchmarks say, at tiny shapes: shapes, floors, peaks, turns. And the times themselves, by pytest-benchmark."""
+
+import itertools
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import attach, measure, ops
+from bench.measure import Rounds, call_seconds, in_turns, peak_extra_bytes
+from bench.ops import MODELS, check_agreement, head_case, linear_case, norm_case, swiglu_case
+from tinylora.basis import truncated_svd
+
+F32 = torch.float32
+PASSES = ("forward", "forward+backward")
+SHORT = pytest.mark.benchmark(max_time=0.1, min_rounds=3)  # enough to see a time, and to test what was timed
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of hidden 64, intermediate 96, 4 heads and 2 KV heads of 16, 128 tokens."""
+    monkeypatch.setitem(MODELS, "tiny", ops._config("qwen2", 64, 96, 4, 2, 128))
+    torch.manual_seed(0)
+
+
+def qkv(rows: int = 32, sets: int = 2) -> ops.Case:
+    return linear_case("tiny", 0, rows, "cpu", F32, compiled=False, sets=sets)
+
+
+def test_shapes_of_the_models() -> None:
+    """Fused (N, K) of qkv, o, gate+up and down, as in the models' own checkpoints."""
+    want = {
+        "Qwen2.5-0.5B": [(1152, 896), (896, 896), (9728, 896), (896, 4864)],
+        "Qwen2.5-1.5B": [(2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)],
+        "Qwen2.5-7B": [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)],
+        "Llama-3-8B": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
+    }
+    for model, shapes in want.items():
+        config = MODELS[model]
+        assert [(sum(config.shape(p)[0] for p in g), config.shape(g[0])[1]) for g in ops.GROUPS] == shapes
+
+
+@SHORT
+@pytest.mark.parametrize("group", range(4))
+@pytest.mark.parametrize("what", ["forward", "both"])
+def test_adapted_linear(benchmark, group: int, what: str) -> None:
+    case = linear_case("tiny", group, 32, "cpu", F32, compiled=False, sets=1)
+    check_agreement(case)
+    (x, dy), contender = case.inputs[0], case.contenders["ours, addmm"][0]
+    found = benchmark(lambda: contender.forward(x) if what == "forward" else contender.both(x, dy)[1])
+    want = case.contenders["eager"][0].both(x, dy)[0 if what == "forward" else 1]
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    bare = case.contenders["bare"][0]
+    assert (found - (bare.forward(x) if what == "forward" else bare.backward(dy))).norm() > 0.1 * found.norm()
+
+
+@SHORT
+@pytest.mark.parametrize("make", [norm_case, swiglu_case])
+def test_row_op(benchmark, make) -> None:
+    case = make("tiny", 32, "cpu", F32, 1)
+    check_agreement(case)
+    x, dy = case.inputs[0]
+    _, dx = benchmark(case.contenders["ours"][0].both, x, dy)
+    torch.testing.assert_close(dx, case.contenders["plain"][0].both(x, dy)[1], rtol=1e-5, atol=1e-5)
+
+
+def test_contenders_are_the_ones_promised() -> None:
+    assert list(qkv().contenders) == ["bare", "ours, addmm", "eager", "PEFT TinyLoRA", "PEFT LoRA r=8"]
+    assert list(norm_case("tiny", 8, "cpu", F32, 1).contenders) == ["plain", "ours", "F.rms_norm"]
+    trained = {name: sum(p.numel() for p in c[0].trained) for name, c in qkv().contenders.items()}
+    # M of 4 segments (one is padding), the dense 6 x 6 M, u=13, and A and B of rank 8
+    assert trained == {
+        "bare": 0,
+        "ours, addmm": 4 * 4,
+        "eager": 36,
+        "PEFT TinyLoRA": 13,
+        "PEFT LoRA r=8": 8 * (64 + 128),
+    }
+
+
+def test_a_contender_that_computes_something_else_is_not_timed() -> None:
+    case = qkv()
+    case.contenders["ours, addmm"] = case.contenders["bare"]
+    with pytest.raises(RuntimeError, match=r"tiny qkv 64->128, T 32: .* differs .* nothing was timed"):
+        ops.measure(case, (1e9, 1e9), "cpu", 3)
+
+
+def test_rows_are_what_they_say() -> None:
+    """Against arithmetic by hand: K 64, N 128, T 32, rank 6, four bytes a number."""
+    rates = (1e9, 1e12)  # FLOP alone make the floor
+    rows = ops.measure(qkv(), rates, "cpu", 3, most=math.inf)
+    assert [(r["pass"], r["implementation"]) for r in rows] == list(itertools.product(PASSES, qkv().contenders))
+    for row in rows:
+        passes = 1 if row["pass"] == "forward" else 2
+        flop = passes * 2 * 32 * (64 * 128 + 6 * (64 + 128))
+        moved = passes * 4 * (64 * 128 + 32 * (64 + 128) + 6 * (64 + 128))
+        seconds = row["us"]["median"] / 1e6
+        assert row["tflops"] == pytest.approx(flop / seconds / 1e12)
+        assert row["gbytes_per_second"] == pytest.approx(moved / seconds / 1e9)
+        assert row["x_floor"] == pytest.approx(seconds / (flop / 1e9))
+        (bare,) = (r for r in rows if r["implementation"] == "bare" and r["pass"] == row["pass"])
+        assert row["x_bare"] == pytest.approx(row["us"]["median"] / bare["us"]["median"])
+        assert row["us"]["p20"] <= row["us"]["median"] <= row["us"]["p80"] and row["timings"] >= 3
+    slow = ops.measure(qkv(), (1e15, 1e6), "cpu", 3, most=math.inf)[0]  # bytes alone
+    assert slow["x_floor"] == pytest.approx(slow["us"]["median"] / (4 * (64 * 128 + 32 * 192 + 6 * 192)))
+
+
+def test_peak_extra_memory_of_the_forward() -> None:
+    """Bare holds y; eager y, the correction and their sum; ours adds into y and holds t, z and a block-diagonal M."""
+    y = 4 * 32 * 128
+    rows = ops.measure(qkv(), (1, 1), "cpu", 3, math.inf)
+    peaks = {r["implementation"]: r["peak_extra_bytes"] for r in rows if r["pass"] == "forward"}
+    assert peaks["bare"] == y
+    assert 3 * y <= peaks["eager"] <= 3 * y + 2 * 4 * 32 * 6
+    assert y < peaks["ours, addmm"] <= y + 2 * 4 * 32 * 8 + 2 * 4 * 64
+
+
+def test_peak_extra_bytes_counts_what_lives_at_one_moment() -> None:
+    big, small = 1 << 20, 1 << 18
+
+    def one_after_the_other() -> None:
+        torch.empty(big, dtype=torch.uint8)
+        torch.empty(big, dtype=torch.uint8)
+
+    assert peak_extra_bytes(one_after_the_other) == big
+    assert peak_extra_bytes(lambda: [torch.empty(n, dtype=torch.uint8) for n in (big, small)]) == big + small
+    x = torch.ones(big // 4, requires_grad=True)
+    # exp's result lives in autograd alone: no Python name, and still it is there when the cosine's is made
+    assert peak_extra_bytes(lambda: x.exp().cos()) == 2 * big
+    with torch.no_grad():
+        assert peak_extra_bytes(lambda: x.exp().cos().sin()) == 2 * big
+    assert peak_extra_bytes(lambda: None) == 0
+
+
+def test_the_head_reports_a_share_of_the_logits() -> None:
+    rows = ops.measure(head_case("tiny", 16, "cpu", F32), (1, 1), "cpu", 3, math.inf)
+    shares = {r["implementation"]: r["share_of_logits"] for r in rows if r["pass"] == "forward"}
+    # at once: the logits, their log-softmax, and the 16 results
+    assert 2 <= shares["plain"] <= 2 + 2 / 128
+    assert shares["ours"] > 1  # so few logits fit one chunk
+
+
+def test_turns_rotate_who_begins_and_which_inputs() -> None:
+    seen = []
+    calls = {name: lambda j, name=name: seen.append((name, j)) for name in "abc"}
+    seconds, dropped = in_turns(calls, sets=2, rounds=2, most=math.inf, round_seconds=0)
+    assert dropped == 0 and {n: len(s) for n, s in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+    warm, timed = seen[:6], seen[6:]
+    assert warm == [("a", 0), ("b", 0), ("c", 0)] * 2
+    assert timed == [*zip("abc", [0] * 3, strict=True), *zip("bca", [1] * 3, strict=True), *zip("cab", [0] * 3, strict=True)]
+
+
+def test_rounds_that_others_disturb_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = iter([0, 0.5, 0.01, 0.2, 0.03, 0.05, 0.04])  # the first is taken at the start, the second is warm-up
+    monkeypatch.setattr(measure, "foreign_load", lambda then: (None, next(loads)))
+    rounds = Rounds(warm_up=1)
+    assert [rounds.keep() for _ in range(6)] == [False, True, False, True, False, True]
+    assert (rounds.kept, rounds.dropped) == (3, 2)
+    monkeypatch.setattr(measure, "foreign_load", lambda then: (None, 1.0))
+    seconds, dropped = in_turns({"a": lambda j: None}, sets=1, rounds=4, round_seconds=0)
+    assert seconds == {"a": []} and dropped == 12  # gives up
+    with pytest.raises(SystemExit, match="under 3 timings, 12 rounds dropped"):
+        ops.measure(qkv(), (1, 1), "cpu", 4)
+
+
+def test_foreign_load_is_what_others_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two cores for 10 s: 3 s of work by all, of which 1 s is ours: others used 2 of 20 core seconds."""
+    stat, tick = tmp_path / "stat", os.sysconf("SC_CLK_TCK")
+    clock = iter([100.0, 110.0])
+    own = iter([5.0, 6.0])
+    monkeypatch.setattr(measure, "Path", lambda _: stat)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(measure.time, "process_time", lambda: next(own))
+    monkeypatch.setattr(measure.os, "cpu_count", lambda: 2)
+    stat.write_text(f"cpu {7 * tick} 0 {tick} {50 * tick} 0 0 0 0 0 0\n")
+    then, _ = measure.foreign_load(None)
+    stat.write_text(f"cpu {9 * tick} 0 {2 * tick} {66 * tick} {tick} 0 0 0 0 0\n")
+    assert measure.foreign_load(then)[1] == pytest.approx(0.1)
+
+
+def test_a_call_is_timed_by_its_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([10.0, 16.0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(ticks))
+    seen = []
+    assert call_seconds(seen.append, 5, 3, "cpu") == 2.0 and seen == [5, 6, 7]
+
+
+def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A table, and one JSON object as the last line and in the file."""
+    monkeypatch.setattr(ops, "cases", lambda *_: iter([qkv(), norm_case("tiny", 8, "cpu", F32, 2)]))
+    monkeypatch.setattr(ops, "gemm_rate", lambda *_: 2e9)
+    monkeypatch.setattr(ops, "copy_rate", lambda *_: 3e9)
+    file = tmp_path / "new" / "ops.json"
+    ops.main(["--device", "cpu", "--rounds", "3", "--busy", "99", "--only", "qkv", "--json", str(file)])
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert result == json.loads(file.read_text())
+    assert (result["bench"], result["gemm_gflops"], result["copy_gbytes_per_second"]) == ("ops", 2.0, 3.0)
+    assert {r["case"] for r in result["rows"]} == {"tiny qkv 64->128, T 32"} and len(result["rows"]) == 10
+    assert sum("ours, addmm" in line for line in lines[:-1]) == 2
+
+
+def test_input_sets_are_beyond_the_cache() -> None:
+    """Twice the cache between two uses of one set, where 64 sets do it."""
+    assert [ops._sets(one, 50_000_000) for one in (2_000_000, 10**9, 10**5)] == [51, 2, 64]
+    assert ops._sets(10**6, 0) == 2
+
+
+def test_attach(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The factors of 14 small weights, and a residual that sees a wrong one."""
+    kept = os.environ["TINYLORA_CACHE"]
+    attach.main(["--model", "tiny", "--layers", "2", "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["bench"], result["weights"], os.environ["TINYLORA_CACHE"]) == ("attach", 14, kept)
+    assert 0 < result["worst_residual"] <= 1e-6 and result["cold_seconds"] > result["warm_seconds"] > 0
+    # A and B of 14 modules in fp32 and a header
+    numbers = sum(2 * sum(w.shape) for w in attach.gaussian(2, "tiny", "cpu").values())
+    assert 4 * numbers < result["cache_bytes"] < 4 * numbers + 10_000
+
+    weight = attach.gaussian(1, "tiny", "cpu")["model.layers.0.self_attn.q_proj"]
+    a, b = truncated_svd(weight, 2)
+    assert attach.residual(weight, a, b) <= 1e-6
+    assert attach.residual(weight, a, b.flip(0)) > 0.1
+    mixed = torch.eye(64)[:2]  # W a = b holds for any a; that b is a left singular vector does not
+    assert attach.residual(weight, mixed, weight @ mixed.T) > 0.1

@@ -1,0 +1,296 @@
+"""The proof that a kernel needs before it may run: real child processes, on toy kernels that Triton interprets on a CPU."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tinylora.errors import InputError
+from tinylora.kernels import (
+    dispatch,
+    launch,  # noqa: F401  Triton must not be imported for the first time below, where the environment says "interpret"
+    self_check,
+)
+from tinylora.kernels.dispatch import prove, runs_triton
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+TOY = "toy_checks:CHECKS"
+
+
+def new_process(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """As a process that has proved nothing, with an empty cache and kernels that are interpreted."""
+    monkeypatch.setattr(dispatch, "_verdicts", {})
+    monkeypatch.setenv("TINYLORA_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TINYLORA_BACKEND", "triton")
+    monkeypatch.delenv("TINYLORA_SELF_CHECK_SECONDS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    new_process(monkeypatch, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def proved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list, str]:
+    """All toy kernels checked once: verdicts, the ops each child was given, what was said on stderr."""
+    with pytest.MonkeyPatch.context() as patch:
+        new_process(patch, tmp_path_factory.mktemp("verdicts"))
+        patch.setenv("TINYLORA_SELF_CHECK_SECONDS", "5")
+        children, said, start = [], [], dispatch._start
+        patch.setattr(dispatch, "_start", lambda *a: children.append(list(a[2])) or start(*a))
+        patch.setattr(dispatch, "print", lambda *a, file: said.append(*a), raising=False)
+        prove(CPU, TOY)
+        prove(CPU, TOY)
+        return dispatch._verdicts[CPU, "triton"], children, "\n".join(said)
+
+
+WRONG = {
+    "inexact": r"40 numbers, output 0, float32: relative error \d\.\de-05, allowed \d\.\de-07",
+    "unwritten": "relative error inf",
+    "unsteady": "two runs gave different bits",
+    "misshapen": r"shape \(39,\), not \(40,\)",
+    "empty": "its check has no cases",
+    "hangs": "no answer within 5 s",
+    "aborts": "ended by signal 6",
+    "leaves": "exit status 0",
+    "raises": "exit status 1: ValueError: tile too large",
+}
+RIGHT = ("right", "chatters", "after a hang", "last")
+
+
+@pytest.mark.parametrize("op", WRONG)
+def test_a_wrong_kernel_fails_with_its_reason(proved, op: str) -> None:
+    error = proved[0][op]["error"]
+    assert error is not None
+    assert re.search(WRONG[op], error), error
+
+
+@pytest.mark.parametrize("op", RIGHT)
+def test_a_right_kernel_passes_whatever_came_before_it(proved, op: str) -> None:
+    assert proved[0][op]["error"] is None
+    (case,) = proved[0][op]["cases"]
+    # fp32 rounds 3 x + 1 at most twice: far below what is allowed, and not zero, or fp64 was not what it was compared with
+    assert 0 < case["error"] <= 2**-23 < case["allowed"] < 1e-6 and case["same_bits"]
+
+
+def test_a_new_child_goes_on_after_the_op_that_ended_the_last(proved) -> None:
+    ops = [*WRONG, *RIGHT]
+    assert proved[0].keys() == set(ops)
+    order = list(self_check.importlib.import_module("toy_checks").CHECKS)
+    starts = [0, *(order.index(op) + 1 for op in ("hangs", "aborts", "leaves", "raises"))]
+    assert proved[1] == [order[i:] for i in starts]
+
+
+def test_each_failure_is_reported_once_with_reason_and_what_to_do(proved) -> None:
+    said = proved[2].splitlines()
+    assert len(said) == len(WRONG)
+    for op, line in zip(proved[0].keys() & WRONG.keys(), said, strict=True):
+        assert "TINYLORA_BACKEND=triton cannot be honoured" in line
+        assert "python -m tinylora.kernels.self_check --device cpu --ops" in line
+        assert sum(proved[0][op]["error"] in other for other in said) == 1
+
+
+def no_child(*_: object) -> None:
+    raise AssertionError("a child was started")
+
+
+def toy_verdict(error: str | None) -> dict[str, dict]:
+    return {"right": {"op": "right", "error": error}}
+
+
+@pytest.fixture
+def one_op(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A module of one check, in a file that may change."""
+    folder = tmp_path / "module"
+    folder.mkdir()
+    (folder / "one_check.py").write_text("from toy_checks import case, ours\nCHECKS = {'right': case(ours)}\n")
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "one_check", raising=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ["PYTHONPATH"]]))
+    return folder / "one_check.py"
+
+
+ONE = "one_check:CHECKS"
+
+
+def test_the_second_process_starts_no_child(one_op: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = prove(CPU, ONE)
+    assert [v["error"] for v in first.values()] == [None]
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # and no partial file
+    dispatch._verdicts.clear()
+    monkeypatch.setattr(dispatch, "_start", no_child)
+    assert prove(CPU, ONE) == first
+
+
+def test_failures_are_cached_and_reported_again_by_the_next_process(
+    one_op: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dispatch, "_check_in_children", lambda *_: (toy_verdict("too slow"), True))
+    prove(CPU, ONE)
+    dispatch._verdicts.clear()
+    monkeypatch.setattr(dispatch, "_check_in_children", no_child)
+    assert prove(CPU, ONE)["right"]["error"] == "too slow"
+    assert capsys.readouterr().err.count("right runs as plain PyTorch on cpu") == 2
+
+
+@pytest.mark.parametrize("change", ["nothing", "check", "kernel", "flag", "backend", "folder"])
+def test_verdicts_are_of_these_sources_and_flags_alone(
+    change: str, one_op: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kernels = tmp_path / "kernels"
+    shutil.copytree(dispatch.KERNELS, kernels, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(dispatch, "KERNELS", kernels)
+    checked = []
+    monkeypatch.setattr(dispatch, "_check_in_children", lambda *_: checked.append(1) or (toy_verdict(None), True))
+    prove(CPU, ONE)
+    dispatch._verdicts.clear()
+    if change == "check":
+        one_op.write_text(one_op.read_text() + "\n")
+    elif change == "kernel":
+        (kernels / "swiglu.py").write_text((kernels / "swiglu.py").read_text() + "\n")
+    elif change == "flag":
+        monkeypatch.setenv("TRITON_F32_DEFAULT", "ieee")
+    elif change == "backend":
+        monkeypatch.setenv("TINYLORA_BACKEND", "padded")
+    elif change == "folder":
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # says nothing about the kernels
+    prove(CPU, ONE)
+    assert len(checked) == (1 if change in ("nothing", "folder") else 2)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"verdicts": [{"op": "right"}]}', '{"verdicts": []}'])
+def test_a_broken_cache_is_checked_again_and_rewritten(
+    damage: str, one_op: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    checked = []
+    monkeypatch.setattr(dispatch, "_check_in_children", lambda *_: checked.append(1) or (toy_verdict(None), True))
+    prove(CPU, ONE)
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = file.read_text()
+    file.write_text(damage)
+    dispatch._verdicts.clear()
+    assert prove(CPU, ONE)["right"]["error"] is None
+    assert len(checked) == 2 and file.read_text() == whole
+
+
+def test_an_unwritable_cache_costs_time_and_not_the_run(
+    one_op: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(dispatch, "_check_in_children", lambda *_: (toy_verdict(None), True))
+    assert prove(CPU, ONE) == toy_verdict(None)
+    assert "not cached" in capsys.readouterr().err
+
+
+def gpu_of_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET")
+
+
+def rows_on(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> SimpleNamespace:
+    return SimpleNamespace(device=device, dtype=dtype)
+
+
+def test_a_device_that_is_not_there_fails_every_op_and_caches_nothing(
+    one_op: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu_of_a_test(monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    error = prove(GPU, ONE)["right"]["error"]
+    assert error.startswith("the check did not start: exit status 1:") and "CUDA" in error
+    assert not (tmp_path / "cache").exists()
+    assert not runs_triton("right", rows_on(GPU))
+
+
+def test_on_a_gpu_only_what_has_passed_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_of_a_test(monkeypatch)
+    found = {"good": {"op": "good", "error": None}, "bad": {"op": "bad", "error": "wrong"}}
+    asked = []
+    monkeypatch.setattr(dispatch, "_cached_or_checked", lambda device, checks: asked.append((device, checks)) or dict(found))
+    for _ in range(3):
+        assert runs_triton("good", rows_on(GPU))
+        assert not runs_triton("bad", rows_on(GPU))
+        assert not runs_triton("unknown", rows_on(GPU))
+        assert not runs_triton("good", rows_on(GPU, torch.float64))
+    assert asked == [(GPU, "tinylora.kernels.self_check:CHECKS")]
+    said = capsys.readouterr().err
+    assert [said.count(f"{op} runs as plain PyTorch on cuda:0") for op in ("good", "bad", "unknown")] == [0, 1, 1]
+    runs_triton("good", rows_on(torch.device("cuda", 1)))
+    monkeypatch.setenv("TINYLORA_BACKEND", "padded")
+    runs_triton("good", rows_on(GPU))
+    assert len(asked) == 3  # another device, and another backend, need their own proof
+    for plain in ("addmm", "reference"):
+        monkeypatch.setenv("TINYLORA_BACKEND", plain)
+        assert not runs_triton("good", rows_on(GPU)) and prove(GPU) == {}
+    assert len(asked) == 3
+
+
+def test_a_capture_finds_verdicts_or_an_error_never_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_of_a_test(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(dispatch, "_cached_or_checked", no_child)
+    with pytest.raises(RuntimeError, match="swiglu is being captured .* call dispatch.prove"):
+        runs_triton("swiglu", rows_on(GPU))
+    dispatch._verdicts[GPU, "triton"] = {"swiglu": {"op": "swiglu", "error": None}}
+    assert runs_triton("swiglu", rows_on(GPU))
+
+
+@pytest.mark.parametrize(
+    ("interpreted", "name", "runs"),
+    [("1", "triton", True), ("1", "padded", True), ("1", "addmm", False), ("1", "", False), ("0", "triton", False)],
+)
+def test_a_cpu_runs_kernels_interpreted_where_both_are_asked_for(
+    interpreted: str, name: str, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    monkeypatch.setenv("TINYLORA_BACKEND", name)
+    monkeypatch.setattr(dispatch, "_start", no_child)
+    assert runs_triton("swiglu", torch.zeros(1)) == runs
+    assert not runs_triton("swiglu", torch.zeros(1, device="meta"))
+
+
+def test_settings_that_are_nonsense_are_input_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("soon", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("TINYLORA_SELF_CHECK_SECONDS", value)
+        with pytest.raises(InputError, match=f"TINYLORA_SELF_CHECK_SECONDS={value}"):
+            prove(CPU, TOY)
+    monkeypatch.setenv("TINYLORA_BACKEND", "trition")
+    with pytest.raises(InputError, match="trition: choose one of"):
+        dispatch.backend("cuda")
+
+
+def test_a_child_without_a_parent_ends_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own alarm: a hung kernel would keep a GPU for ever once the parent has been killed."""
+    monkeypatch.setenv("TINYLORA_SELF_CHECK_SECONDS", "1")
+    code = "from tinylora.kernels import self_check; self_check.GRACE = 1; self_check.main()"
+    command = [sys.executable, "-c", code, "--device", "cpu", "--checks", "toy_checks:ASLEEP"]
+    began = time.monotonic()
+    child = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert child.returncode == -14 and json.loads(child.stdout) == {"op": "start"}
+    assert time.monotonic() - began < 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_allowance_is_twice_plain_and_four_eps(dtype: torch.dtype) -> None:
+    """ours 1 + a, plain 1 + b, exact 1: passes up to a = 2 b + 4 eps and not above."""
+    one, eps = torch.ones(64, dtype=torch.float64), torch.finfo(dtype).eps
+    plain = one * (1 + 8 * eps)
+    for a, passes in ((20 * eps, True), (21 * eps, False)):
+        mine, theirs, allowed = self_check.relative_errors((one * (1 + a)).to(dtype), plain.to(dtype), one)
+        assert (mine <= allowed) == passes and theirs == 8 * eps and allowed == 20 * eps
+    wrong = torch.arange(64)
+    assert self_check.relative_errors(wrong, wrong, wrong)[0] == 0
+    assert self_check.relative_errors(wrong, wrong, wrong.clamp(max=62))[0] == 1 / 64
