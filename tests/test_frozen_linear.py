@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinylora.kernels.frozen_linear import FrozenLinear, frozen_linear, frozen_linear_ref, mix, padded_segments
+from tinylora.kernels.correction import mix
+from tinylora.kernels.frozen_linear import FrozenLinear, frozen_linear, frozen_linear_ref, padded_segments
 
 
 def make(segments: int, r: int, adapters: int = 1, rows: int = 21, k: int = 40, n: int = 24, seed: int = 0, bias: bool = True):
@@ -17,7 +18,7 @@ def make(segments: int, r: int, adapters: int = 1, rows: int = 21, k: int = 40, 
     group = FrozenLinear(randn(n * segments, k) / k**0.5, randn(n * segments) if bias else None)
     factors = [(randn(r, k) / k**0.5, randn(n, r)) for _ in range(segments)]
     group.pack(factors, [n] * segments)
-    M = torch.zeros(adapters, padded_segments(segments, r), r, r, dtype=torch.float64)
+    M = torch.zeros(adapters, padded_segments(segments, r, "cpu"), r, r, dtype=torch.float64)
     M[:, :segments] = 0.3 * randn(adapters, segments, r, r)
     return group, factors, M, randn(rows, k), randn(rows, n * segments), torch.randint(adapters, (rows,), generator=g)
 

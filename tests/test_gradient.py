@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tinylora.adapter import Adapter, TinyLoRAConfig
 from tinylora.kernels.attention import packed_attention_ref
 from tinylora.kernels.rms_norm import rms_norm_ref
-from tinylora.kernels.rope import rope_ref, rope_tables
+from tinylora.kernels.rope import Heads, rope_ref, rope_tables
 from tinylora.kernels.swiglu import swiglu_ref
 from tinylora.kernels.token_logprobs import token_logprobs, token_logprobs_ref
 from tinylora.model import load_model
@@ -39,12 +39,10 @@ def reference_logprobs(model, adapter, v):
 
     for i, layer in enumerate(model.layers):
         h = rms_norm_ref(x, layer.input_norm.to(dtype), c.norm_eps)
-        qkv = linear(i, layer.qkv, GROUPS[0], h).unflatten(1, (-1, c.head_dim))
-        q, k, value = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), 1)
-        if layer.q_norm is not None:
-            q = rms_norm_ref(q, layer.q_norm.to(dtype), c.norm_eps)
-            k = rms_norm_ref(k, layer.k_norm.to(dtype), c.norm_eps)
-        out = packed_attention_ref(rope_ref(q, cos, sin), rope_ref(k, cos, sin), value, LENGTHS)
+        norms = [None if w is None else w.to(dtype) for w in (layer.q_norm, layer.k_norm)]
+        heads = Heads(c.num_heads, c.num_kv_heads, c.head_dim, *norms, c.norm_eps)
+        q, k, value = rope_ref(linear(i, layer.qkv, GROUPS[0], h), cos, sin, heads)
+        out = packed_attention_ref(q, k, value, LENGTHS)
         x = x + linear(i, layer.o, GROUPS[1], out.flatten(1))
         h = rms_norm_ref(x, layer.post_norm.to(dtype), c.norm_eps)
         x = x + linear(i, layer.down, GROUPS[3], swiglu_ref(linear(i, layer.gate_up, GROUPS[2], h)))

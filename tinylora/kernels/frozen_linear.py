@@ -15,23 +15,46 @@ it, because MKL picks the same inner kernel for all of them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinylora.kernels import dispatch
+from tinylora.kernels.correction import Correction, padded_width, row_stride
+from tinylora.kernels.fused_linear import fused_linear
+from tinylora.kernels.shrink import shrink
+
 NARROW = 8  # rows and narrow columns of every CPU GEMM are multiples of this
+SPARE = 24  # rank that a buffer has room for from the start: three segments of rank 8
 
 
-@dataclass
 class FrozenLinear:
-    """The constants of one group. A and B are absent until an adapter's factors are packed in."""
+    """The constants of one group. A and B are absent until an adapter's factors are packed in.
 
-    weight: Tensor  # (N, K)
-    bias: Tensor | None = None  # (N,)
-    A: Tensor | None = None  # (R, K)
-    Bt: Tensor | None = None  # (R, N), B transposed and contiguous: s = F.linear(dy, Bt) is twice as fast as dy @ B
+    Where products run over padded buffers (`linear`), weight, A and B are views of one: [[W, B, bias], [A, 0, 0]].
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, A: Tensor | None = None, Bt: Tensor | None = None) -> None:
+        self.weight = weight  # (N, K)
+        self.bias = bias  # (N,)
+        self.A = A  # (R, K)
+        self.Bt = Bt  # (R, N), B transposed and contiguous: s = F.linear(dy, Bt) is twice as fast as dy @ B
+        self.buffer: Tensor | None = None  # (padded N, row stride of K)
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, bias: bool, dtype: torch.dtype, device: torch.device) -> "FrozenLinear":
+        """Room for weights to be copied into, in a padded buffer where this device's backend multiplies one."""
+        biases = torch.empty(rows, dtype=dtype, device=device) if bias else None
+        if dispatch.backend(device.type) in ("reference", "addmm"):
+            return cls(torch.empty(rows, columns, dtype=dtype, device=device), biases)
+        group = cls(torch.empty(0, dtype=dtype, device=device), biases)
+        group._allocate(rows, columns, SPARE)
+        return group
+
+    def _allocate(self, rows: int, columns: int, rank: int) -> None:
+        self.buffer = self.weight.new_zeros(padded_width(rows, rank), row_stride(columns, rank))
+        self.weight = self.buffer[:rows, :columns]
 
     def pack(self, factors: Sequence[tuple[Tensor, Tensor] | None], sizes: Sequence[int]) -> None:
         """Stack the segments' factors (A (r, K), B (n, r)); None is a segment without a correction.
@@ -39,25 +62,41 @@ class FrozenLinear:
         `sizes` are the segments' rows of W. Zero segments are appended up to `padded_segments`.
         """
         r = next(f[0].shape[0] for f in factors if f is not None)
-        rank = padded_segments(len(factors), r) * r
-        self.A = self.weight.new_zeros(rank, self.weight.shape[1])
-        self.Bt = self.weight.new_zeros(rank, self.weight.shape[0])
-        row = 0
+        (rows, columns), rank = self.weight.shape, padded_segments(len(factors), r, self.weight.device.type) * r
+        self.A, self.Bt = self.weight.new_zeros(rank, columns), self.weight.new_zeros(rank, rows)
+        start = 0
         for segment, (factor, size) in enumerate(zip(factors, sizes, strict=True)):
             if factor is not None:
-                rows = slice(segment * r, (segment + 1) * r)
-                self.A[rows] = factor[0].to(self.A)
-                self.Bt[rows, row : row + size] = factor[1].T.to(self.Bt)
-            row += size
+                own = slice(segment * r, (segment + 1) * r)
+                self.A[own] = factor[0].to(self.A)
+                self.Bt[own, start : start + size] = factor[1].T.to(self.Bt)
+            start += size
+        if self.buffer is not None:
+            if padded_width(rows, rank) > len(self.buffer) or row_stride(columns, rank) > self.buffer.shape[1]:
+                weight = self.weight
+                self._allocate(rows, columns, rank)
+                self.weight.copy_(weight)
+            self.unpack()
+            self.buffer[rows : rows + rank, :columns] = self.A
+            self.buffer[:rows, columns : columns + rank] = self.Bt.T
+            if self.bias is not None:
+                self.buffer[:rows, columns + rank] = self.bias
+
+    def unpack(self) -> None:
+        """Zero everything beside the weights, whatever rank was packed before."""
+        rows, columns = self.weight.shape
+        if self.buffer is not None:
+            self.buffer[rows:] = 0
+            self.buffer[:, columns:] = 0
 
     def __call__(self, x: Tensor, M: Tensor | None = None, row_adapter: Tensor | None = None) -> Tensor:
         """x (T, K) -> (T, N); see `frozen_linear`."""
         return frozen_linear(x, self.weight, self.bias, self.A, self.Bt, M, row_adapter)
 
 
-def padded_segments(segments: int, r: int) -> int:
-    """The least number of segments, at least `segments`, that makes R = segments * r a multiple of NARROW."""
-    while segments * r % NARROW:
+def padded_segments(segments: int, r: int, device_type: str) -> int:
+    """The least number of segments, at least `segments`, that makes R = segments * r a multiple of NARROW on a CPU."""
+    while device_type == "cpu" and segments * r % NARROW:
         segments += 1
     return segments
 
@@ -81,24 +120,6 @@ def frozen_linear_ref(
     return y + z @ Bt
 
 
-def mix(t: Tensor, M: Tensor, row_adapter: Tensor | None) -> Tensor:
-    """z[s] = M[s] t[s] for t (T, R) and M (adapters, segments, r, r), in M's precision, rounded to t's.
-
-    One adapter is one small product with the block-diagonal M; several are r rank-1 steps, each row with its own M.
-    """
-    segments, r = M.shape[1:3]
-    if row_adapter is None:
-        dense = M.new_zeros(segments, r, segments, r)
-        dense.diagonal(dim1=0, dim2=2).copy_(M[0].permute(1, 2, 0))
-        return torch.mm(t.to(M.dtype), dense.view(segments * r, -1).T).to(t.dtype)
-    m = M[row_adapter]  # (T, segments, r, r)
-    t_ = t.to(M.dtype).unflatten(1, (segments, r))  # (T, segments, r)
-    z = m[..., 0] * t_[..., :1]
-    for j in range(1, M.shape[-1]):
-        z = z + m[..., j] * t_[..., j : j + 1]
-    return z.flatten(1).to(t.dtype)
-
-
 def reduce_dM(s: Tensor, t: Tensor, M: Tensor, row_adapter: Tensor | None) -> Tensor:
     """dM (adapters, segments, r, r) = sum over the rows of each adapter of s t^T, in M's precision."""
     segments, r = M.shape[1:3]
@@ -110,13 +131,21 @@ def reduce_dM(s: Tensor, t: Tensor, M: Tensor, row_adapter: Tensor | None) -> Te
     return torch.zeros_like(M).index_add_(0, row_adapter, outer)
 
 
+def _product(x: Tensor, z: Tensor, weight: Tensor, Bt: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + z B^T + bias for weight (N, K) or the transpose of a (K, N)."""
+    if dispatch.backend(x.device.type) != "reference" and dispatch.runs_triton("fused_linear", x):
+        y = x.new_empty(len(x), len(weight))
+        fused_linear(x, z, weight, Bt, bias, y)
+        return y
+    return F.linear(x, weight, bias).addmm_(z, Bt)
+
+
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bt: Tensor, M: Tensor, row_adapter: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    t = F.linear(x, A)
-    y = F.linear(x, weight, bias)
-    y.addmm_(mix(t, M, row_adapter), Bt)
-    return y, t
+    t = M.new_empty(len(x), len(A))  # (T, R)
+    z = shrink(x, Correction(A, Bt, M, row_adapter, t))
+    return _product(x, z, weight, Bt, bias), t
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -129,13 +158,10 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         t, M, weight, A, Bt, row_adapter = ctx.saved_tensors
-        s = F.linear(dy, Bt)  # (T, R)
-        dx = dM = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ weight
-            dx.addmm_(mix(s, M.transpose(-1, -2), row_adapter), A)
-        if ctx.needs_input_grad[1]:
-            dM = reduce_dM(s, t, M, row_adapter)
+        s = torch.empty_like(t)  # (T, R)
+        sM = shrink(dy.contiguous(), Correction(Bt, A, M.transpose(-1, -2), row_adapter, s))
+        dx = _product(dy, sM, weight.T, A, None) if ctx.needs_input_grad[0] else None
+        dM = reduce_dM(s, t, M, row_adapter) if ctx.needs_input_grad[1] else None
         return dx, dM, None, None, None, None, None
 
 

@@ -2,7 +2,7 @@
 
     g = dy * w        dx = rstd * (g - x * rstd^2 * mean(g * x))        dw does not exist
 
-Saves x and rstd (one number a row). The sum of squares is taken in fp32 for bf16 and fp16 input.
+Plain PyTorch, for the heads' q/k norm and as the plain version of `add_norm`. Sums of squares are fp32 for half precision.
 """
 
 import torch
@@ -20,29 +20,16 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _rstd(x: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps)).unsqueeze(-1)  # (..., 1)
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
-        wide = _wide(x)
-        rstd = _rstd(wide, eps)
-        ctx.save_for_backward(x, rstd, weight)
-        return (wide * rstd).to(x.dtype) * weight
-
-    @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        x, rstd, weight = ctx.saved_tensors
-        wide, g = _wide(x), _wide(dy * weight)
-        slope = torch.linalg.vecdot(g, wide).div_(x.shape[-1]).unsqueeze(-1) * rstd.square()  # (..., 1)
-        return torch.addcmul(g, wide, slope, value=-1).mul_(rstd).to(x.dtype), None, None
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., width), weight (width,) -> (..., width), with a gradient for x."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _RMSNorm.apply(x, weight, eps)
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    """x (..., width) -> out (..., width), and returns rstd (..., 1)."""
     wide = _wide(x)
-    return (wide * _rstd(wide, eps)).to(x.dtype) * weight
+    rstd = torch.rsqrt(torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps)).unsqueeze(-1)  # (..., 1)
+    torch.mul((wide * rstd).to(x.dtype), weight, out=out)
+    return rstd
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    """dy, x (..., width), rstd (..., 1) -> dx (..., width)."""
+    wide, g = _wide(x), _wide(dy * weight)
+    slope = torch.linalg.vecdot(g, wide).div_(x.shape[-1]).unsqueeze(-1) * rstd.square()  # (..., 1)
+    return torch.addcmul(g, wide, slope, value=-1).mul_(rstd).to(x.dtype)

@@ -12,10 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinylora.kernels.add_norm import add_norm
 from tinylora.kernels.attention import decode_attention, packed_attention, suffix_attention
+from tinylora.kernels.correction import Correction
 from tinylora.kernels.frozen_linear import NARROW, FrozenLinear, pad_rows
-from tinylora.kernels.rms_norm import rms_norm
-from tinylora.kernels.rope import rope, rope_tables
+from tinylora.kernels.linear import linear
+from tinylora.kernels.reduce_dm import reduce_dm
+from tinylora.kernels.rope import Heads, rope, rope_tables
+from tinylora.kernels.shrink import shrink
 from tinylora.kernels.swiglu import swiglu
 from tinylora.model.config import ModelConfig, rope_frequencies
 
@@ -68,6 +72,23 @@ class KVCache:
             self.keys, self.values = F.pad(self.keys, pad), F.pad(self.values, pad)
 
 
+class _Gather(torch.autograd.Function):
+    """The matrices as they are; their gradient is one reduction over the s and t of all linears, when the last s is there."""
+
+    @staticmethod
+    def forward(ctx, s, t, lengths, sequence_adapter, *matrices):  # type: ignore[no-untyped-def]
+        ctx.s, ctx.t, ctx.lengths, ctx.sequence_adapter = s, t, lengths, sequence_adapter
+        ctx.shapes = [m.shape for m in matrices]
+        ctx.set_materialize_grads(False)  # none of them gets a gradient of its own
+        return tuple(m.view_as(m) for m in matrices)
+
+    @staticmethod
+    def backward(ctx, *_):  # type: ignore[no-untyped-def]
+        adapters, _, r, _ = ctx.shapes[0]
+        dM = reduce_dm(ctx.s, ctx.t, ctx.lengths, adapters, ctx.sequence_adapter, r)
+        return (None, None, None, None, *dM.split([shape[1] for shape in ctx.shapes], 1))
+
+
 class Decoder:
     """A frozen model. Every forward takes the adapters' matrices; without them it is the base model."""
 
@@ -110,41 +131,76 @@ class Decoder:
             for names, group in zip(GROUPS, layer.groups, strict=True):
                 segments = [factors.get(module_name(i, n)) for n in names]
                 group.A = group.Bt = None
+                group.unpack()
                 if any(s is not None for s in segments):
                     group.pack(segments, [self.config.shape(n)[0] for n in names])
 
     # ---- forward --------------------------------------------------------------------------------------------------------
 
+    def _corrections(
+        self,
+        rows: int,
+        matrices: Matrices | None,
+        row_adapter: Tensor | None,  # (rows,)
+        lengths: Sequence[int],
+    ) -> list[Correction | None]:
+        """A correction for each fused linear, or None; with room for s and t where a gradient will want them."""
+        groups = [group for layer in self.layers for group in layer.groups]
+        if matrices is None:
+            return [None] * len(groups)
+        used = [m for m in matrices if m is not None]
+        s = t = None
+        if torch.is_grad_enabled() and any(m.requires_grad for m in used):
+            columns = sum(m.shape[1] * m.shape[2] for m in used)
+            # zeros: below the lowest layer that needs a gradient nobody writes s, and M gets none
+            s, t = (used[0].new_zeros(rows, columns) for _ in range(2))
+            sequence_adapter = None
+            if row_adapter is not None:
+                starts = torch.tensor([0, *lengths[:-1]], device=row_adapter.device).cumsum(0)
+                sequence_adapter = row_adapter[starts]
+            used = list(_Gather.apply(s, t, lengths, sequence_adapter, *used))
+        corrections: list[Correction | None] = []
+        column, remaining = 0, iter(used)
+        for group, m in zip(groups, matrices, strict=True):
+            if m is None:
+                corrections.append(None)
+                continue
+            if group.A is None or group.Bt is None:
+                raise ValueError("matrices were given to a model that holds no factors; pack them first")
+            own = slice(column, column + len(group.A))
+            column = own.stop
+            kept = (None, None) if s is None or t is None else (t[:, own], s[:, own])
+            corrections.append(Correction(group.A, group.Bt, next(remaining), row_adapter, *kept))
+        return corrections
+
     def forward(
         self,
         tokens: Tensor,  # (T,) int64
         positions: Tensor,  # (T,) int64
+        lengths: Sequence[int],  # tokens of each sequence; they sum to T
         attend: Attend,
         matrices: Matrices | None = None,
-        row_adapter: Tensor | None = None,  # (T,) int64
+        row_adapter: Tensor | None = None,  # (T,) int64, the same within a sequence
     ) -> Tensor:  # (T, hidden), after the final norm
         c = self.config
-        heads, kv_heads = c.num_heads, c.num_kv_heads
         rows = len(tokens)
         tokens, positions = pad_rows(tokens), pad_rows(positions)
         row_adapter = None if row_adapter is None else pad_rows(row_adapter)
+        corrections = self._corrections(len(tokens), matrices, row_adapter, lengths)
         cos, sin = rope_tables(positions, self.frequencies, self.dtype)  # (T, head_dim)
-        x = self.embedding[tokens]  # (T, hidden)
+        x, y, below = self.embedding[tokens], None, None  # (T, hidden)
         for i, layer in enumerate(self.layers):
-            m = (None,) * 4 if matrices is None else matrices[4 * i : 4 * i + 4]
-            h = rms_norm(x, layer.input_norm, c.norm_eps)
-            qkv = layer.qkv(h, m[0], row_adapter).unflatten(1, (heads + 2 * kv_heads, c.head_dim))
-            qk, v = qkv.split((heads + kv_heads, kv_heads), 1)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = qk.split((heads, kv_heads), 1)
-                qk = torch.cat([rms_norm(q, layer.q_norm, c.norm_eps), rms_norm(k, layer.k_norm, c.norm_eps)], 1)
-            q, k = rope(qk, cos, sin)[:rows].split((heads, kv_heads), 1)
-            out = attend(i, q, k, v[:rows])  # (T, H, D)
-            x = x + layer.o(pad_rows(out.flatten(1)), m[1], row_adapter)
-            h = rms_norm(x, layer.post_norm, c.norm_eps)
-            h = swiglu(layer.gate_up(h, m[2], row_adapter))
-            x = x + layer.down(h, m[3], row_adapter)
-        return rms_norm(x, self.norm, c.norm_eps)[:rows]
+            qkv, o, gate_up, down = corrections[4 * i : 4 * i + 4]
+            x, h = add_norm(x, y, None, layer.input_norm, c.norm_eps, below, qkv)
+            heads = Heads(c.num_heads, c.num_kv_heads, c.head_dim, layer.q_norm, layer.k_norm, c.norm_eps)
+            q, k, v = rope(linear(h, layer.qkv, qkv), cos, sin, heads, qkv)
+            out = pad_rows(attend(i, q[:rows], k[:rows], v[:rows]).flatten(1))  # (T, H * D)
+            z = None if o is None else shrink(out, o)
+            x, h = add_norm(x, linear(out, layer.o, o), z, layer.post_norm, c.norm_eps, o, gate_up)
+            h = swiglu(linear(h, layer.gate_up, gate_up), c.intermediate_size, gate_up, down)
+            y, below = linear(h, layer.down, down), down
+        _, h = add_norm(x, y, None, self.norm, c.norm_eps, below, None)
+        return h[:rows]
 
     def packed(
         self,
@@ -185,7 +241,7 @@ class Decoder:
             out = packed_attention(q[:split], k[:split], v[:split], slots * longest + places, whole, longest)
             return torch.cat([out, suffix_attention(q[split:], k, v, index, keys, bias)]) if prefixes else out
 
-        return self.forward(tokens, place + before[sequence], attend, matrices, row_adapter)
+        return self.forward(tokens, place + before[sequence], lengths, attend, matrices, row_adapter)
 
     def decode(
         self,
@@ -207,7 +263,7 @@ class Decoder:
             values[slots, :, positions] = v
             return decode_attention(q, keys[:, :, :longest], values[:, :, :longest], bias)
 
-        return self.forward(tokens, positions, attend, matrices, row_adapter)
+        return self.forward(tokens, positions, [1] * len(tokens), attend, matrices, row_adapter)
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, matrices: Matrices | None = None) -> Tensor:

@@ -98,16 +98,15 @@ def build_decoder(config: ModelConfig, read: "_Checkpoint", directory: Path) -> 
 
     def linear(layer: int, types: tuple[str, ...], bias: bool) -> FrozenLinear:
         rows, columns = [c.shape(t)[0] for t in types], c.shape(types[0])[1]
-        weight = torch.empty(sum(rows), columns, dtype=read.dtype, device=read.device)
-        biases = torch.empty(sum(rows), dtype=read.dtype, device=read.device) if bias else None
+        group = FrozenLinear.empty(sum(rows), columns, bias, read.dtype, read.device)
         start = 0
         for type_, size in zip(types, rows, strict=True):
             name = module_name(layer, type_)
-            weight[start : start + size] = read(f"{name}.weight", size, columns)
-            if biases is not None:
-                biases[start : start + size] = read(f"{name}.bias", size)
+            group.weight[start : start + size] = read(f"{name}.weight", size, columns)
+            if group.bias is not None:
+                group.bias[start : start + size] = read(f"{name}.bias", size)
             start += size
-        return FrozenLinear(weight, biases)
+        return group
 
     layers = []
     for i in range(c.num_layers):

@@ -1,0 +1,185 @@
+"""The correction of one frozen linear in one forward, and the rows that carry it.
+
+    t = x A^T    z = M t    beside x: [x | z]        s = dy B    M^T s    beside dy: [dy | M^T s]
+
+Whoever produces x writes z into the row's pad, so the linear that follows is one constant map of [x | z]; whoever produces dy
+in the backward writes M^T s there. A padded row of width K with R columns of z is
+
+    columns 0 .. K-1: x    K .. K+R-1: z    K+R: 1 (the bias rides on it)    then zeros up to a multiple of 16
+
+and lies at a row stride that is a multiple of 64 elements: whole cache lines, and the divisibility by 16 without which Triton
+gives up wide stores and asynchronous copies.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tinylora.kernels import dispatch
+
+
+@dataclass
+class Correction:
+    """R = segments * r. t and s are slices of the step's buffers, filled by forward and backward; None without gradients."""
+
+    A: Tensor  # (R, K), frozen
+    Bt: Tensor  # (R, N), frozen: B transposed
+    M: Tensor  # (adapters, segments, r, r), fp32 (fp64 in tests)
+    row_adapter: Tensor | None = None  # (T,) integer: the adapter of each row; None: adapter 0 for all
+    t: Tensor | None = None  # (T, R) of M's dtype
+    s: Tensor | None = None  # (T, R) of M's dtype
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+
+def padded_width(width: int, rank: int) -> int:
+    """Columns of a padded row that a product contracts."""
+    return -(-(width + rank + 1) // 16) * 16
+
+
+def row_stride(width: int, rank: int) -> int:
+    """Elements from one padded row to the next."""
+    return -(-(width + rank + 1) // 64) * 64
+
+
+def padded(rows: int, width: int, correction: Correction | None, like: Tensor) -> Tensor:  # (rows, padded width)
+    """Uninitialised rows with room for a correction; without one, plain rows of `width`."""
+    if correction is None:
+        return like.new_empty(rows, width)
+    rank = correction.rank
+    return like.new_empty(rows, row_stride(width, rank))[:, : padded_width(width, rank)]
+
+
+def mix(t: Tensor, M: Tensor, row_adapter: Tensor | None) -> Tensor:
+    """z[s] = M[s] t[s] for t (T, R) and M (adapters, segments, r, r), in M's precision, rounded to t's.
+
+    One adapter is one small product with the block-diagonal M; several are r rank-1 steps, each row with its own M.
+    """
+    segments, r = M.shape[1:3]
+    if row_adapter is None:
+        dense = M.new_zeros(segments, r, segments, r)
+        dense.diagonal(dim1=0, dim2=2).copy_(M[0].permute(1, 2, 0))
+        return torch.mm(t.to(M.dtype), dense.view(segments * r, -1).T).to(t.dtype)
+    m = M[row_adapter]  # (T, segments, r, r)
+    t_ = t.to(M.dtype).unflatten(1, (segments, r))  # (T, segments, r)
+    z = m[..., 0] * t_[..., :1]
+    for j in range(1, M.shape[-1]):
+        z = z + m[..., j] * t_[..., j : j + 1]
+    return z.flatten(1).to(t.dtype)
+
+
+def write_z(x: Tensor, width: int, c: Correction | None) -> None:
+    """The plain version of what a row kernel does in the forward: t and z of x[:, :width], into c.t and x's pad."""
+    if c is not None:
+        t = F.linear(x[:, :width], c.A)  # (T, R)
+        if c.t is not None:
+            c.t.copy_(t)
+        _write(x, width, mix(t, c.M, c.row_adapter), 1.0)
+
+
+def write_sM(dy: Tensor, width: int, c: Correction | None) -> None:
+    """The plain version of what a row kernel does in the backward: s and M^T s of dy[:, :width], into c.s and dy's pad."""
+    if c is not None:
+        s = F.linear(dy[:, :width], c.Bt)  # (T, R)
+        if c.s is not None:
+            c.s.copy_(s)
+        _write(dy, width, mix(s, c.M.transpose(-1, -2), c.row_adapter), 0.0)
+
+
+def _write(x: Tensor, width: int, z: Tensor, one: float) -> None:
+    end = width + z.shape[1]
+    x[:, width:end] = z
+    if dispatch.backend(x.device.type) in ("padded", "triton", "cuda"):  # a product over the whole pad will follow
+        x[:, end] = one
+        x[:, end + 1 :] = 0
+
+
+# ---- for the Triton row kernels ----------------------------------------------------------------------------------------
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def add_shrunk(  # type: ignore[no-untyped-def]
+    total,  # (ROWS, RP) fp32: t so far
+    x,  # (ROWS, BLOCK) fp32: a piece of each row
+    factor_ptr,  # (R, width): A, or B transposed
+    stride,
+    columns,  # (BLOCK,): the piece's columns
+    width,
+    R: tl.constexpr,
+    RP: tl.constexpr,
+):
+    """t += A x over one piece of each row."""
+    i = tl.arange(0, RP)
+    mask = (i < R)[:, None] & (columns < width)[None, :]
+    factor = tl.load(factor_ptr + i[:, None] * stride + columns[None, :], mask, 0.0).to(tl.float32)  # (RP, BLOCK)
+    return total + tl.sum(x[:, None, :] * factor[None, :, :], 2)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def store_mixed(  # type: ignore[no-untyped-def]
+    t,  # (ROWS, RP) fp32
+    rows,  # (ROWS,) int64
+    T,
+    t_ptr,  # (T, R) fp32; unused unless KEEP
+    stride_t,
+    m_ptr,  # (adapters, segments, r, r) fp32, contiguous
+    adapter_ptr,  # (T,) integer; unused unless HAS_ADAPTER
+    out_ptr,  # the first pad column of the padded rows
+    stride_out,
+    tail,  # pad columns after the R of z
+    one,  # what the first of them gets; the others get 0
+    KEEP: tl.constexpr,
+    HAS_ADAPTER: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # M^T t instead of M t
+    R: tl.constexpr,
+    RANK: tl.constexpr,  # r
+    RP: tl.constexpr,  # R rounded up to a power of two
+):
+    """Keep t, and write [M t | one | 0 ...] into the rows' pad."""
+    i = tl.arange(0, RP)
+    inside = (rows < T)[:, None] & (i < R)[None, :]
+    if KEEP:
+        tl.store(t_ptr + rows[:, None] * stride_t + i[None, :], t, inside)
+    if HAS_ADAPTER:
+        adapter = tl.load(adapter_ptr + rows, rows < T, 0).to(tl.int64)
+    else:
+        adapter = tl.zeros_like(rows)
+    a, b = i[:, None], i[None, :]  # M is block-diagonal: blocks of r, elements (a, b) of a block
+    if TRANSPOSED:
+        place = a // RANK * RANK * RANK + b % RANK * RANK + a % RANK
+    else:
+        place = a // RANK * RANK * RANK + a % RANK * RANK + b % RANK
+    same = (a // RANK == b // RANK) & (a < R) & (b < R)
+    m = tl.load(m_ptr + adapter[:, None, None] * (R * RANK) + place[None, :, :], same[None, :, :], 0.0)  # (ROWS, RP, RP)
+    z = tl.sum(m * t[:, None, :], 2)  # (ROWS, RP)
+    pad_ptr = out_ptr + rows[:, None] * stride_out
+    tl.store(pad_ptr + i[None, :], z.to(out_ptr.dtype.element_ty), inside)
+    k = tl.arange(0, 16)[None, :]
+    rest = tl.where(k == 0, one, 0.0) + tl.zeros((rows.shape[0], 16), tl.float32)
+    tl.store(pad_ptr + R + k, rest.to(out_ptr.dtype.element_ty), (rows < T)[:, None] & (k < tail))
+
+
+def arguments(c: Correction | None, kept: Tensor | None, like: Tensor) -> tuple[list[Any], dict[str, Any]]:
+    """What a row kernel takes of a correction: (kept, its stride, M, adapters) and constants; placeholders for None."""
+    if c is None:
+        return [like, 0, like, like], {"KEEP": False, "HAS_ADAPTER": False, "R": 0, "RANK": 1, "RP": 2}
+    M = c.M.detach().contiguous()
+    kept_, adapters = M if kept is None else kept, M if c.row_adapter is None else c.row_adapter
+    constants = {"KEEP": kept is not None, "HAS_ADAPTER": c.row_adapter is not None}
+    rank = {"R": c.rank, "RANK": M.shape[2], "RP": max(2, triton.next_power_of_2(c.rank))}
+    return [kept_, 0 if kept is None else kept.stride(0), M, adapters], {**constants, **rank}
+
+
+def row_config(rows: int, width: int) -> dict[str, int]:
+    """Blocks of a row kernel. Four rows share one read of A where there are rows to fill a GPU; otherwise one row a program,
+    in pieces as wide as its threads can hold."""
+    several = rows >= 2048
+    block = min(triton.next_power_of_2(width), 512 if several else 2048)
+    return {"ROWS": 4 if several else 1, "BLOCK": block, "num_warps": 8 if block * (4 if several else 1) >= 2048 else 4}

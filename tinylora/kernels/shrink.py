@@ -1,0 +1,73 @@
+"""z = M t with t = x A^T, for rows that come from a library and carry no pad: the attention's output.
+
+It has no backward of its own: the linear that reads the same x adds its part, (s M) A, to dx.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tinylora.kernels import dispatch
+from tinylora.kernels.correction import Correction, add_shrunk, arguments, mix, row_config, store_mixed
+from tinylora.kernels.launch import launch
+
+BUDGET = {"_shrink": (128, 4096)}  # kernel: registers a thread, bytes of shared memory
+
+
+def shrink_ref(x: Tensor, c: Correction) -> Tensor:
+    """Plain PyTorch."""
+    t = F.linear(x, c.A)  # (T, R)
+    if c.t is not None:
+        c.t.copy_(t)
+    return mix(t, c.M, c.row_adapter)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _shrink(  # type: ignore[no-untyped-def]
+    x_ptr,  # (T, K)
+    a_ptr,  # (R, K)
+    z_ptr,  # (T, R)
+    t_ptr,
+    stride_t,
+    m_ptr,
+    adapter_ptr,
+    T,
+    K,
+    stride_x,
+    stride_a,
+    KEEP: tl.constexpr,
+    HAS_ADAPTER: tl.constexpr,
+    R: tl.constexpr,
+    RANK: tl.constexpr,
+    RP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    t = tl.zeros((ROWS, RP), tl.float32)
+    for start in range(0, K, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = (rows < T)[:, None] & (columns < K)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * stride_x + columns[None, :], mask, 0.0).to(tl.float32)
+        t = add_shrunk(t, x, a_ptr, stride_a, columns, K, R, RP)
+    store_mixed(
+        t, rows, T, t_ptr, stride_t, m_ptr, adapter_ptr, z_ptr, R, 0, 0.0, KEEP, HAS_ADAPTER, False, R, RANK, RP
+    )  # fmt: skip
+
+
+def shrink_triton(x: Tensor, c: Correction) -> Tensor:
+    """`shrink` in one pass over x."""
+    (T, K), z = x.shape, x.new_empty(len(x), c.rank)
+    tensors, constants = arguments(c, c.t, x)
+    config = row_config(T, K)
+    grid = (triton.cdiv(T, config["ROWS"]),)
+    launch(_shrink, grid, x, c.A, z, *tensors, T, K, x.stride(0), c.A.stride(0), **constants, **config)
+    return z
+
+
+@torch.no_grad()
+def shrink(x: Tensor, c: Correction) -> Tensor:
+    """x (T, K) -> z (T, R) of x's dtype; t goes into c.t where that is kept."""
+    return (shrink_triton if dispatch.runs_triton("shrink", x) else shrink_ref)(x, c)
