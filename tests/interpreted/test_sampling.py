@@ -79,6 +79,20 @@ def test_edges():
     assert sample_triton(one, 1.0, 1.0, 0, torch.ones(1, dtype=torch.float64))[0].item() == 2
 
 
+def test_rounding_draws_no_impossible_token(monkeypatch):
+    """u within two roundings of where a tile begins, and the first token of every tile impossible.
+
+    The sum of the tiles before may then exceed a threshold that the running sum over tiles did not reach.
+    """
+    monkeypatch.setattr(sampling, "config", lambda vocab: {"TILE": 16, "num_warps": 1})
+    logits = 3 * randn(1, 256, seed=6).float()
+    logits[:, ::16] = -torch.inf
+    edges = logits[0].softmax(0).cumsum(0)[15:-1:16]
+    u = torch.cat([edges * (1 + k * torch.finfo(torch.float32).eps) for k in (-2, 0, 1, 2)])
+    tokens, _ = sample_triton(logits.expand(len(u), -1), 1.0, 1.0, 0, u.double())
+    assert logits[0, tokens].isfinite().all()
+
+
 def test_greedy_takes_the_first_of_equals():
     logits = randn(3, VOCAB).float()
     for row, columns in enumerate(([9000, 100, 4095], [12332], [4096, 8191])):

@@ -20,7 +20,7 @@ def everything(op, temperature):
     """op -> a function of the problem that returns log-probs, entropies and the gradient of hidden."""
 
     def run(hidden, head, dlogp, tokens):
-        hidden = hidden.clone().requires_grad_()
+        hidden = hidden.detach().requires_grad_()  # a clone would not have its strides
         logp, entropy = op(hidden, head, tokens, temperature)
         assert not head.requires_grad
         logp.backward(dlogp.to(logp.dtype))
