@@ -79,6 +79,15 @@ def test_edges():
     assert sample_triton(one, 1.0, 1.0, 0, torch.ones(1, dtype=torch.float64))[0].item() == 2
 
 
+@pytest.mark.parametrize("tokens", [[0, 1], [5, 5000]])
+def test_u_on_an_edge_belongs_to_the_token_above(tokens):
+    """Two halves, in one tile and in two: u = 0.5 is the upper one's, as in the reference."""
+    logits = torch.full((1, VOCAB), -torch.inf)
+    logits[0, tokens] = 0.0
+    for op in (sample_ref, sample_triton):
+        assert op(logits, 1.0, 1.0, 0, torch.tensor([0.5], dtype=torch.float64))[0].item() == tokens[1]
+
+
 def test_rounding_draws_no_impossible_token(monkeypatch):
     """u within two roundings of where a tile begins, and the first token of every tile impossible.
 
