@@ -24,7 +24,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from tinylora.kernels import launch, reduce_dm, token_logprobs
+from tinylora.kernels import launch, reduce_dm, sampling, token_logprobs
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of shared memory that a block may ask for
 # SASS opcodes worth counting: spills, tensor cores of the three generations, asynchronous copies.
@@ -61,6 +61,11 @@ def _token_logprobs(dtype: torch.dtype, rows: int = 2048, width: int = 3584, voc
     return run
 
 
+def _sample(dtype: torch.dtype, temperature: float) -> Callable[[], Any]:
+    logits, u = meta(256, 151_936, dtype=dtype), meta(256, dtype=torch.float64)
+    return lambda: sampling.sample_triton(logits, temperature, 1.0, 0, u)
+
+
 # Tiles of a product are copied asynchronously and multiplied by each generation's tensor cores.
 PRODUCT = {80: {"LDGSTS", "HMMA"}, 90: {"LDGSTS", "HGMMA"}, 100: {"LDGSTS", "UTCHMMA"}}
 
@@ -70,6 +75,9 @@ TENSOR_CORES = frozenset({"HMMA", "HGMMA", "UTCHMMA"})
 CASES = [
     Case("token_logprobs bf16", token_logprobs, _token_logprobs(torch.bfloat16), {"_share": PRODUCT, "_dlogits": PRODUCT}),
     Case("token_logprobs fp32", token_logprobs, _token_logprobs(torch.float32), forbids=TENSOR_CORES),
+    Case("sampling bf16", sampling, _sample(torch.bfloat16, 0.7)),
+    Case("sampling fp32", sampling, _sample(torch.float32, 0.7)),
+    Case("sampling fp32, greedy", sampling, _sample(torch.float32, 0.0)),
     Case("reduce_dm r=2, 28 layers", reduce_dm, _reduce_dm(2, 28 * 7, 16)),
     Case("reduce_dm r=1, 1 segment", reduce_dm, _reduce_dm(1, 1, 1)),
 ]

@@ -20,7 +20,7 @@ def everything(op, temperature):
     """op -> a function of the problem that returns log-probs, entropies and the gradient of hidden."""
 
     def run(hidden, head, dlogp, tokens):
-        hidden = hidden.clone().requires_grad_()
+        hidden = hidden.detach().requires_grad_()  # a clone would not have its strides
         logp, entropy = op(hidden, head, tokens, temperature)
         assert not head.requires_grad
         logp.backward(dlogp.to(logp.dtype))
@@ -67,6 +67,28 @@ def test_bits_do_not_depend_on_the_other_rows():
         assert torch.equal(a[67:90], b)
 
 
+def test_slices_of_wider_buffers():
+    """Rows with other numbers behind them, NaN here, give the bits of rows that stand alone; so do transposed ones."""
+    hidden, head, dlogp, tokens = (x.float() if x.is_floating_point() else x for x in problem(7, rows=20, vocab=150))
+    want = everything(ops.token_logprobs_triton, 1.0)(hidden, head, dlogp, tokens)
+    wide = [torch.cat([x, torch.full((len(x), 87), torch.nan)], 1)[:, :41] for x in (hidden, head)]
+    turned, twice = hidden.T.contiguous().T, torch.stack([tokens, tokens], 1)[:, 0]
+    for got in (
+        everything(ops.token_logprobs_triton, 1.0)(*wide, dlogp, tokens),
+        everything(ops.token_logprobs_triton, 1.0)(turned, head, dlogp, twice),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    with pytest.raises(ValueError, match="contiguous"):
+        ops.token_logprobs_triton(hidden, head.T.contiguous().T, tokens)
+
+
+def test_no_rows():
+    hidden, head, _, _ = problem(8, rows=2, vocab=70)
+    empty = hidden[:0].float(), head.float(), torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    logp, entropy, gradient = everything(ops.token_logprobs_triton, 1.0)(*empty)
+    assert logp.shape == entropy.shape == (0,) and gradient.shape == (0, 41)
+
+
 def test_a_token_outside_the_vocabulary_is_not_a_number():
     hidden, head, _, tokens = problem(2, rows=4)
     tokens[1:3] = torch.tensor([-1, len(head)])
@@ -80,11 +102,15 @@ def test_the_backward_in_chunks_holds_few_logits(monkeypatch):
     monkeypatch.setattr(ops, "chunk_rows", lambda rows: rows)
     want = everything(ops.token_logprobs_triton, 0.7)(*inputs)
     monkeypatch.undo()
-    buffers, mm = [], torch.mm
+    buffers, mm, launches, launch = [], torch.mm, [], ops.launch
+    monkeypatch.setattr(
+        ops, "launch", lambda kernel, *args, **options: launches.append(args[1:]) or launch(kernel, *args, **options)
+    )
     monkeypatch.setattr(torch, "mm", lambda a, b, out: buffers.append(a.untyped_storage().nbytes()) or mm(a, b, out=out))
     got = everything(ops.token_logprobs_triton, 0.7)(*inputs)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert [(len(a[0]), a[6]) for a in launches[2:]] == [(128, 128), (22, 22)]  # no kernel reads beyond its chunk
     assert buffers == [4 * 128 * 2112] * 2  # float32, 128 rows, 2101 columns rounded up to 64
 
 

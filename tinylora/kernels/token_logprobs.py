@@ -242,9 +242,9 @@ class _TokenLogprobsTriton(torch.autograd.Function):
     def backward(ctx, dlogp, _):  # type: ignore[no-untyped-def]
         hidden, head, tokens, lse = ctx.saved_tensors
         (rows, width), vocab, options = hidden.shape, len(head), config(hidden.dtype)
-        size = min(rows, chunk_rows(rows))
+        size = chunk_rows(rows)
         # rows of the buffer start at multiples of 64 elements, for wide stores; its columns beyond vocab are never read
-        buffer = hidden.new_empty(size, triton.cdiv(vocab, 64) * 64)[:, :vocab]
+        buffer = hidden.new_empty(min(rows, size), triton.cdiv(vocab, 64) * 64)[:, :vocab]
         dhidden, dlogp = torch.empty_like(hidden), dlogp.contiguous()
         for start in range(0, rows, size):
             chunk = slice(start, min(start + size, rows))
@@ -258,8 +258,11 @@ class _TokenLogprobsTriton(torch.autograd.Function):
 
 
 def token_logprobs_triton(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`token_logprobs` on bf16, fp16 or fp32 tensors with contiguous rows; a token outside the vocabulary gives NaN."""
-    return _TokenLogprobsTriton.apply(hidden, head, tokens, float(temperature))
+    """`token_logprobs` in bf16, fp16 or fp32; a token outside the vocabulary gives NaN. Raises ValueError on a strided head."""
+    if head.stride(1) != 1:
+        raise ValueError(f"the head's rows must be contiguous; its strides are {head.stride()}")
+    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    return _TokenLogprobsTriton.apply(hidden, head, tokens.contiguous(), float(temperature))
 
 
 def token_logprobs(
@@ -270,7 +273,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:  # (T,), (T,), at least fp32
     """Log-probability of tokens[i] after hidden[i], and the entropy there, with a gradient for hidden through the first."""
     if dispatch.runs_triton("token_logprobs", hidden):
-        return token_logprobs_triton(hidden.contiguous(), head, tokens, temperature)
+        return token_logprobs_triton(hidden, head, tokens, temperature)
     rows = len(hidden)
     logp, entropy = _TokenLogprobs.apply(pad_rows(hidden), head, pad_rows(tokens), temperature)
     return logp[:rows], entropy[:rows]
