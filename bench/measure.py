@@ -184,9 +184,14 @@ def foreign_load(before: tuple[float, float] | None) -> tuple[tuple[float, float
     return now, max(0.0, (now[0] - before[0]) / ((now[1] - before[1]) * (os.cpu_count() or 1)))
 
 
-def print_json(result: dict[str, Any], path: str | None = None) -> None:
-    """The last line of a benchmark, also into a file where one is named."""
+def write_json(result: dict[str, Any], path: str | None) -> None:
+    """Into a file, where one is named; its folder is made."""
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def print_json(result: dict[str, Any], path: str | None = None) -> None:
+    """The last line of a benchmark, also into a file where one is named."""
+    write_json(result, path)
     print(json.dumps(result))
