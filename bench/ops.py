@@ -370,7 +370,8 @@ def cases(device: str, dtype: torch.dtype, quick: bool, compiled: bool) -> Itera
             for group, projections in enumerate(GROUPS):
                 n, k = sum(MODELS[model].shape(p)[0] for p in projections), MODELS[model].shape(projections[0])[1]
                 one = dtype.itemsize * (n * k + rows * (n + k))
-                torch._dynamo.reset()  # a limit on recompilations would otherwise leave later shapes uncompiled
+                if compiled:  # a limit on recompilations would otherwise leave later shapes uncompiled
+                    torch._dynamo.reset()
                 yield linear_case(model, group, rows, device, dtype, compiled, _sets(one, l2))
             yield norm_case(model, rows, device, dtype, _sets(dtype.itemsize * rows * hidden * 2, l2))
             yield swiglu_case(model, rows, device, dtype, _sets(dtype.itemsize * rows * width * 3, l2))
