@@ -26,6 +26,7 @@ SHORT = pytest.mark.benchmark(max_time=0.1, min_rounds=3)  # enough to see a tim
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of hidden 64, intermediate 96, 4 heads and 2 KV heads of 16, 128 tokens."""
+    monkeypatch.setattr(measure, "ROUND_SECONDS", 0)
     monkeypatch.setitem(MODELS, "tiny", ops._config("qwen2", 64, 96, 4, 2, 128))
     torch.manual_seed(0)
 
@@ -150,7 +151,7 @@ def test_the_head_reports_a_share_of_the_logits() -> None:
 def test_turns_rotate_who_begins_and_which_inputs() -> None:
     seen = []
     calls = {name: lambda j, name=name: seen.append((name, j)) for name in "abc"}
-    seconds, dropped = in_turns(calls, sets=2, rounds=2, most=math.inf, round_seconds=0)
+    seconds, dropped = in_turns(calls, sets=2, rounds=2, most=math.inf)
     assert dropped == 0 and {n: len(s) for n, s in seconds.items()} == {"a": 2, "b": 2, "c": 2}
     warm, timed = seen[:6], seen[6:]
     assert warm == [("a", 0), ("b", 0), ("c", 0)] * 2
@@ -164,7 +165,7 @@ def test_rounds_that_others_disturb_are_dropped(monkeypatch: pytest.MonkeyPatch)
     assert [rounds.keep() for _ in range(6)] == [False, True, False, True, False, True]
     assert (rounds.kept, rounds.dropped) == (3, 2)
     monkeypatch.setattr(measure, "foreign_load", lambda then: (None, 1.0))
-    seconds, dropped = in_turns({"a": lambda j: None}, sets=1, rounds=4, round_seconds=0)
+    seconds, dropped = in_turns({"a": lambda j: None}, sets=1, rounds=4)
     assert seconds == {"a": []} and dropped == 12  # gives up
     with pytest.raises(SystemExit, match="under 3 timings, 12 rounds dropped"):
         ops.measure(qkv(), (1, 1), "cpu", 4)
