@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+ROUND_SECONDS = 0.25  # least length of a CPU round: the kernel tells who used the cores in ticks of 10 ms
+
 
 def card() -> dict[str, Any]:
     """Who measured: processor or GPU, threads, versions, commit."""
@@ -92,7 +94,7 @@ class Rounds:
         self._then, _ = foreign_load(None)
 
     def keep(self) -> bool:
-        """At the end of a round: whether it counts. Shorter rounds than 0.25 s are beyond the kernel's clock ticks."""
+        """At the end of a round: whether it counts."""
         self._then, load = foreign_load(self._then)
         if self._warm_up > 0:
             self._warm_up -= 1
@@ -107,7 +109,6 @@ def in_turns(
     rounds: int,
     device: str = "cpu",
     most: float = 0.04,
-    round_seconds: float = 0.25,
 ) -> tuple[dict[str, list[float]], int]:
     """Seconds of each call in undisturbed rounds, and how many rounds were dropped; gives up after 3 times `rounds`.
 
@@ -117,7 +118,7 @@ def in_turns(
     for call in calls.values():
         call(0)
     one_pass = sum(call_seconds(call, 0, 1, device) for call in calls.values())
-    passes = 1 if device.startswith("cuda") else max(1, round(round_seconds / one_pass))
+    passes = 1 if device.startswith("cuda") else max(1, round(ROUND_SECONDS / one_pass))
     names, load = list(calls), Rounds(warm_up=1, most=most)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     turn = 0
@@ -184,9 +185,14 @@ def foreign_load(before: tuple[float, float] | None) -> tuple[tuple[float, float
     return now, max(0.0, (now[0] - before[0]) / ((now[1] - before[1]) * (os.cpu_count() or 1)))
 
 
-def print_json(result: dict[str, Any], path: str | None = None) -> None:
-    """The last line of a benchmark, also into a file where one is named."""
+def write_json(result: dict[str, Any], path: str | None) -> None:
+    """Into a file, where one is named; its folder is made."""
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def print_json(result: dict[str, Any], path: str | None = None) -> None:
+    """The last line of a benchmark, also into a file where one is named."""
+    write_json(result, path)
     print(json.dumps(result))

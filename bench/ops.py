@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.measure import card, copy_rate, gemm_rate, in_turns, peak_extra_bytes, print_json, quantiles
+from bench.measure import card, copy_rate, gemm_rate, in_turns, peak_extra_bytes, print_json, quantiles, write_json
 from tinylora.cli import table
 from tinylora.kernels import dispatch
 from tinylora.kernels.frozen_linear import FrozenLinear
@@ -370,7 +370,8 @@ def cases(device: str, dtype: torch.dtype, quick: bool, compiled: bool) -> Itera
             for group, projections in enumerate(GROUPS):
                 n, k = sum(MODELS[model].shape(p)[0] for p in projections), MODELS[model].shape(projections[0])[1]
                 one = dtype.itemsize * (n * k + rows * (n + k))
-                torch._dynamo.reset()  # a limit on recompilations would otherwise leave later shapes uncompiled
+                if compiled:  # a limit on recompilations would otherwise leave later shapes uncompiled
+                    torch._dynamo.reset()
                 yield linear_case(model, group, rows, device, dtype, compiled, _sets(one, l2))
             yield norm_case(model, rows, device, dtype, _sets(dtype.itemsize * rows * hidden * 2, l2))
             yield swiglu_case(model, rows, device, dtype, _sets(dtype.itemsize * rows * width * 3, l2))
@@ -398,14 +399,22 @@ def main(arguments: list[str] | None = None) -> None:
     compiled = gpu if options.compile is None else options.compile
     rates = gemm_rate(8192 if gpu else 1024, 20, device, dtype), copy_rate(1 << (30 if gpu else 26), 20, device)
     print(f"floors: {rates[0] / 1e12:.3g} TFLOP/s in a {str(dtype)[6:]} product, {rates[1] / 1e9:.0f} GB/s in a copy\n")
-    rows = []
+    result = {
+        "bench": "ops",
+        **card(),
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "gemm_gflops": rates[0] / 1e9,
+        "copy_gbytes_per_second": rates[1] / 1e9,
+        "rows": [],
+    }
     for case in cases(device, dtype, options.quick, compiled):
         if options.only in case.name:
             found = measure(case, rates, device, options.rounds, options.busy if not gpu else math.inf)
             print_rows(found)
-            rows += found
-    rates_ = {"dtype": str(dtype)[6:], "gemm_gflops": rates[0] / 1e9, "copy_gbytes_per_second": rates[1] / 1e9}
-    print_json({"bench": "ops", **card(), **rates_, "rows": rows}, options.json)
+            result["rows"] += found
+            write_json(result, options.json)  # what a time limit leaves of a long run
+    print_json(result, options.json)
 
 
 if __name__ == "__main__":

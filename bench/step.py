@@ -1,4 +1,4 @@
-"""One GRPO step on the built-in base, ours beside the peers', on a CPU: python -m bench.step
+"""One GRPO step on the built-in base, ours beside the peers': python -m bench.step
 
     rollout     128 completions of 16 prompts: ours; transformers generate on a PEFT TinyLoRA model
     whole step  rollout, reward, update:       ours; TRL's GRPOTrainer on a PEFT TinyLoRA model
@@ -39,6 +39,7 @@ def peers(ours: Trainer, directory: Path, steps: int, on_round: Any) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(ours.model.path, padding_side="left")
+    gpu = ours.model.device.type == "cuda"
     model = AutoModelForCausalLM.from_pretrained(ours.model.path, dtype=torch.float32)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(model, TinyLoraConfig(r=2, u=13, weight_tying=1.0, target_modules=targets))
@@ -56,9 +57,13 @@ def peers(ours: Trainer, directory: Path, steps: int, on_round: Any) -> None:
         began = 0.0
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if gpu:
+                torch.cuda.synchronize()
             self.began = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            if gpu:
+                torch.cuda.synchronize()
             on_round(time.perf_counter() - self.began, lengths[-1], SimpleNamespace(model=model, tokenizer=tokenizer))
 
     arguments = GRPOConfig(
@@ -72,7 +77,7 @@ def peers(ours: Trainer, directory: Path, steps: int, on_round: Any) -> None:
         loss_type="dapo",
         gradient_checkpointing=False,
         bf16=False,
-        use_cpu=True,
+        use_cpu=not gpu,
         report_to=[],
         save_strategy="no",
         logging_steps=10**6,
@@ -93,11 +98,15 @@ def peers(ours: Trainer, directory: Path, steps: int, on_round: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="steps of each contender; the first 2 are warm-up")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", help="a file for the last line too")
+    options = parser.parse_args()
+    rounds, device = options.rounds, options.device
     warnings.filterwarnings("ignore")
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     with tempfile.TemporaryDirectory() as scratch:
         settings = BUILTIN_PRESET | {"learning_rate": 0.0, "eval_size": 0, "output_dir": f"{scratch}/run", "max_steps": 10**6}
+        settings |= {"device": device, "dtype": "float32"}
         ours = Trainer(TrainConfig(**settings))
         seconds: dict[str, list[float]] = {"step/ours": [], "step/trl": [], "rollout/ours": [], "rollout/generate": []}
         tokens: dict[str, list[float]] = {"ours": [], "trl": [], "generate": []}
@@ -111,6 +120,7 @@ def main() -> None:
             padded = peer.tokenizer.pad({"input_ids": [p for p in prompts for _ in range(GENERATIONS)]}, return_tensors="pt")
             began = time.perf_counter()
             with torch.no_grad():
+                padded = padded.to(peer.model.device)
                 out = peer.model.generate(**padded, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=LENGTH)
             generate_seconds = time.perf_counter() - began
             row = row or ours._train_step()
@@ -131,7 +141,7 @@ def main() -> None:
         peers(ours, Path(scratch) / "trl", rounds, on_round)
         if len(seconds["step/ours"]) < 3:
             raise SystemExit(f"only {len(seconds['step/ours'])} undisturbed rounds of {rounds}; other processes were running")
-        rate = gemm_rate()
+        rate = gemm_rate(8192 if device.startswith("cuda") else 1024, device=device)
         c = ours.model.config
         parameters = sum(g.weight.numel() for layer in ours.model.layers for g in layer.groups) + ours.model.head.numel()
         prompt = statistics.mean(len(ours.text.prompt(r["prompt"])) for r in ours.train_rows[:512])
@@ -167,6 +177,7 @@ def main() -> None:
         {
             "bench": "step",
             **card(),
+            "device": device,
             "gemm_gflops": rate / 1e9,
             "seconds": {name: quantiles(s) for name, s in seconds.items()},
             "tokens_each": {name: statistics.mean(n) for name, n in tokens.items()},
@@ -175,7 +186,8 @@ def main() -> None:
             "ratios": ratios,
             "rounds_kept": len(seconds["step/ours"]),
             "rounds_dropped": counted.dropped,
-        }
+        },
+        options.json,
     )
 
 

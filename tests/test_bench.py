@@ -4,17 +4,21 @@ import itertools
 import json
 import math
 import os
+import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import attach, measure, ops
+from bench import attach, measure, ops, report, verdicts
 from bench.measure import Rounds, call_seconds, in_turns, peak_extra_bytes
 from bench.ops import MODELS, check_agreement, head_case, linear_case, norm_case, swiglu_case
 from tinylora.basis import truncated_svd
 
 F32 = torch.float32
+RESULTS = Path(__file__).parent.parent / "bench" / "results"
 PASSES = ("forward", "forward+backward")
 SHORT = pytest.mark.benchmark(max_time=0.1, min_rounds=3)  # enough to see a time, and to test what was timed
 
@@ -22,6 +26,7 @@ SHORT = pytest.mark.benchmark(max_time=0.1, min_rounds=3)  # enough to see a tim
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of hidden 64, intermediate 96, 4 heads and 2 KV heads of 16, 128 tokens."""
+    monkeypatch.setattr(measure, "ROUND_SECONDS", 0)
     monkeypatch.setitem(MODELS, "tiny", ops._config("qwen2", 64, 96, 4, 2, 128))
     torch.manual_seed(0)
 
@@ -146,7 +151,7 @@ def test_the_head_reports_a_share_of_the_logits() -> None:
 def test_turns_rotate_who_begins_and_which_inputs() -> None:
     seen = []
     calls = {name: lambda j, name=name: seen.append((name, j)) for name in "abc"}
-    seconds, dropped = in_turns(calls, sets=2, rounds=2, most=math.inf, round_seconds=0)
+    seconds, dropped = in_turns(calls, sets=2, rounds=2, most=math.inf)
     assert dropped == 0 and {n: len(s) for n, s in seconds.items()} == {"a": 2, "b": 2, "c": 2}
     warm, timed = seen[:6], seen[6:]
     assert warm == [("a", 0), ("b", 0), ("c", 0)] * 2
@@ -160,7 +165,7 @@ def test_rounds_that_others_disturb_are_dropped(monkeypatch: pytest.MonkeyPatch)
     assert [rounds.keep() for _ in range(6)] == [False, True, False, True, False, True]
     assert (rounds.kept, rounds.dropped) == (3, 2)
     monkeypatch.setattr(measure, "foreign_load", lambda then: (None, 1.0))
-    seconds, dropped = in_turns({"a": lambda j: None}, sets=1, rounds=4, round_seconds=0)
+    seconds, dropped = in_turns({"a": lambda j: None}, sets=1, rounds=4)
     assert seconds == {"a": []} and dropped == 12  # gives up
     with pytest.raises(SystemExit, match="under 3 timings, 12 rounds dropped"):
         ops.measure(qkv(), (1, 1), "cpu", 4)
@@ -226,3 +231,104 @@ def test_attach(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert attach.residual(weight, a, b.flip(0)) > 0.1
     mixed = torch.eye(64)[:2]  # W a = b holds for any a; that b is a left singular vector does not
     assert attach.residual(weight, mixed, weight @ mixed.T) > 0.1
+
+
+def test_verdicts_show_numbers_and_set_the_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def case(dtype: str, error: float | None, allowed: float, same: bool = True) -> dict:
+        return {"case": f"{allowed}", "dtype": dtype, "error": error, "plain": 1e-3, "allowed": allowed, "same_bits": same}
+
+    cases = [case("bfloat16", 0.02, 0.5), case("bfloat16", 0.01, 0.1, same=False), case("float32", None, 1.0)]
+    found = {
+        "good": {"op": "good", "error": None, "cases": cases[:1]},
+        "bad": {"op": "bad", "error": "not finite", "cases": cases},
+        "hung": {"op": "hung", "error": "no answer within 40 s"},
+    }
+    monkeypatch.setattr(verdicts.dispatch, "prove", lambda *_: found)
+    assert verdicts.main(["--device", "cpu"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1])["verdicts"] == list(found.values())
+    cells = [line.split() for line in lines[2:-1]]
+    assert ["bfloat16", "1.0e-02", "1.0e-03", "1.0e-01", "no", "0.1"] in cells  # 0.01 of 0.1 is worse than 0.02 of 0.5
+    assert ["float32", "not", "finite", "1.0e-03", "1.0e+00", "yes", "1.0"] in cells
+    assert ["hung:", "no", "answer", "within", "40", "s"] in cells
+    for some, status in (({"good": found["good"]}, 0), ({}, 1)):
+        monkeypatch.setattr(verdicts.dispatch, "prove", lambda *_, some=some: some)
+        assert verdicts.main(["--device", "cpu"]) == status
+
+
+def committed(kind: str) -> dict:
+    (result,) = (r for r in map(json.loads, (f.read_text() for f in RESULTS.glob("*.json"))) if r["bench"] == kind)
+    return result
+
+
+def test_the_readme_says_what_the_committed_results_say(tmp_path: Path) -> None:
+    """`python -m bench.report` would change nothing."""
+    shutil.copytree(RESULTS, tmp_path / "bench" / "results")
+    readme = (RESULTS.parent.parent / "README.md").read_text()
+    start, end = readme.index(report.BEGIN), readme.index(report.END)
+    assert f"| whole step, tinylora | {committed('step')['seconds']['step/ours']['median'] * 1e3:.0f} |" in readme[start:end]
+    for text in (readme, readme[: start + len(report.BEGIN)] + "old" + readme[end:]):
+        (tmp_path / "README.md").write_text(text)
+        report.main(tmp_path)
+        assert (tmp_path / "README.md").read_text() == readme
+    for broken in (readme.replace(report.END, ""), readme + report.BEGIN):
+        with pytest.raises(ValueError, match="needs one <!-- bench -->"):
+            report.replace_section(broken, "")
+
+
+def some_ops() -> dict:
+    def row(case: str, what: str, name: str, us: float, bare: float | None) -> dict:
+        return {
+            "case": case,
+            "pass": what,
+            "implementation": name,
+            "us": {"median": us},
+            "x_bare": bare,
+            "peak_extra_bytes": 2e6,
+        }
+
+    rows = [row("qkv", p, name, 10.0, x) for p in PASSES for name, x in (("bare", 1.0), ("ours", 1.04), ("eager", 1.2))]
+    rows += [row("o", "forward", name, 10.0, x) for name, x in (("bare", 1.0), ("ours", 0.97))]
+    rows += [row("norm", "forward+backward", "ours", 1234.6, None)]
+    return {**measure.card(), "bench": "ops", "device": "cpu", "rows": rows}
+
+
+def test_tables_of_ops() -> None:
+    text = report.ops_tables(some_ops())
+    assert "| x bare linear: forward / forward + backward | ours | eager |" in text
+    assert "| qkv | 1.04 / 1.04 | 1.20 / 1.20 |" in text
+    assert "| o | 0.97 /  |  /  |" in text  # what was not measured is empty
+    assert "| norm | 1,235 us, 2 MB |" in text
+
+
+def test_figure(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name in "ab":
+        report.draw([some_ops()], tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert b"<svg" in (tmp_path / "a").read_bytes()[:1000]
+
+
+def test_gpu_stages_outlive_each_other_and_keep_to_the_time(tmp_path: Path) -> None:
+    """With a python that passes, fails and hangs: each stage says which, and what comes too late says so."""
+    python = tmp_path / "python"
+    cases = '"-m bench.verdicts"*) echo broken; exit 3;; "-m pytest"*) sleep 600;; *) echo fine;;'
+    python.write_text(f'#!/bin/bash\ncase "$*" in {cases} esac\n')
+    python.chmod(0o755)
+    script = RESULTS.parent / "gpu.sh"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path / "out"), "BUDGET": "6"}
+    began = time.monotonic()
+    subprocess.run([script], env=environment, capture_output=True, timeout=60)
+    assert time.monotonic() - began < 30
+    said = (tmp_path / "out" / "summary.txt").read_text()
+    for line in (
+        "== card: ",
+        "== verdicts: FAILED, exit status 3",
+        "broken",
+        "== tests: OUT OF TIME",
+        "== ops: skipped, no time",
+    ):
+        assert line in said, said
+    assert (tmp_path / "out" / "verdicts.log").read_text() == "broken\n"

@@ -35,7 +35,7 @@ START_SECONDS = 180.0  # for a child to import PyTorch and reach the device; an 
 KERNELS = Path(__file__).parent
 
 Verdict = dict[str, Any]  # "op", "error" (None: it may run), and what the child measured
-_verdicts: dict[tuple[torch.device, str], dict[str, Verdict]] = {}
+_verdicts: dict[torch.device, dict[str, Verdict]] = {}
 
 
 def backend(device_type: str) -> str:
@@ -64,7 +64,7 @@ def runs_triton(op: str, x: Tensor) -> bool:
         return True  # the tests that interpret kernels are their proof
     if x.dtype == torch.float64:
         return False  # no kernel computes in it
-    verdicts = _verdicts.get((x.device, backend("cuda")))
+    verdicts = _verdicts.get(x.device)
     if verdicts is None:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"{op} is being captured into a CUDA graph unproven; call dispatch.prove(device) before")
@@ -85,13 +85,12 @@ def prove(device: torch.device, checks: str = CHECKS) -> dict[str, Verdict]:
         return {}
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    place = (device, backend(device.type))
-    if place not in _verdicts:
-        _verdicts[place] = _cached_or_checked(device, checks)
-        for verdict in _verdicts[place].values():
+    if device not in _verdicts:
+        _verdicts[device] = _cached_or_checked(device, checks)
+        for verdict in _verdicts[device].values():
             if verdict["error"] is not None:
                 _report(verdict, device)
-    return _verdicts[place]
+    return _verdicts[device]
 
 
 def _report(verdict: Verdict, device: torch.device) -> None:
@@ -129,7 +128,7 @@ def _cached_or_checked(device: torch.device, checks: str) -> dict[str, Verdict]:
 
 
 def _conditions(device: torch.device, checks: str) -> dict[str, Any]:
-    """Everything a verdict depends on."""
+    """Everything a verdict depends on. Not the backend: a check calls its kernel directly."""
     import triton
 
     sources = hashlib.sha256()
@@ -138,7 +137,6 @@ def _conditions(device: torch.device, checks: str) -> dict[str, Any]:
     conditions = {
         "sources": sources.hexdigest(),
         "checks": checks,
-        "backend": backend(device.type),
         "flags": {k: v for k, v in os.environ.items() if k.startswith("TRITON_") and not k.endswith("_DIR")},
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -94,14 +94,16 @@ def verdict(op: str, check: Check, device: torch.device, seed: int) -> dict[str,
         for (label, *outputs), (_, again, _, _) in zip(check(device, dtype, seed), check(device, dtype, seed), strict=True):
             ours, plain, exact = map(_tuple, outputs)
             for i, (o, p, e, o2) in enumerate(zip(ours, plain, exact, _tuple(again), strict=True)):
-                where = f"{label}, output {i}, {str(dtype).removeprefix('torch.')}"
+                name = str(dtype).removeprefix("torch.")
+                where = f"{label}, output {i}, {name}"
                 if o.shape != e.shape:
                     error = error or f"{where}: shape {tuple(o.shape)}, not {tuple(e.shape)}"
                     continue
                 mine, theirs, allowed = relative_errors(o, p, e)
                 same = torch.equal(o, o2)
                 shown = mine if math.isfinite(mine) else None  # JSON has no infinity
-                rows.append({"case": where, "error": shown, "plain": theirs, "allowed": allowed, "same_bits": same})
+                numbers = {"error": shown, "plain": theirs, "allowed": allowed, "same_bits": same}
+                rows.append({"case": f"{label}, output {i}", "dtype": name, **numbers})
                 if not mine <= allowed:
                     error = error or f"{where}: relative error {mine:.1e}, allowed {allowed:.1e}"
                 elif not same:
