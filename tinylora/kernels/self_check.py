@@ -1,14 +1,15 @@
 """Match every op's kernel against its reference on a device: python -m tinylora.kernels.self_check --device cuda:0
 
-    rms(ours - exact) <= 2 rms(plain - exact) + 4 eps rms(exact)        finite, and the same bits twice
+    rms(ours - exact) <= 2 rms(plain - exact) + eps rms(exact)        finite, and the same bits twice
 
-`exact` is the reference in fp64, `plain` the reference in the kernel's own precision, eps that of the output's dtype.
+`exact` is the reference in fp64, `plain` the reference in the kernel's own precision, eps that of float32.
 Integers must be equal to `exact`. Whatever a launcher allocates is filled with NaN first, so an element that no program
 writes shows. Prints one JSON object an op, as it goes. Nothing is caught: an op that raises ends the process, because a
 CUDA error poisons everything after it; `dispatch.prove` starts a new one for the ops that follow.
 """
 
 import argparse
+import dataclasses
 import importlib
 import json
 import math
@@ -17,12 +18,14 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tinylora.kernels import dispatch
+from tinylora.kernels import add_norm, dispatch, rope, shrink, swiglu
+from tinylora.kernels.correction import Correction
+from tinylora.kernels.fused_linear import fused_linear, fused_linear_ref
 from tinylora.kernels.reduce_dm import reduce_dm_ref, reduce_dm_triton
 
 Outputs = Tensor | tuple[Tensor, ...]
@@ -56,14 +59,181 @@ def reduce_dm_check(device: torch.device, dtype: torch.dtype, seed: int) -> list
     return cases
 
 
+def correction(
+    randn: Callable[..., Tensor], rows: int, width: int, out: int, segments: int = 1, r: int = 2, adapters: int = 0
+) -> Correction:
+    """A random one, kept t and s included; adapters = 0 is one adapter for all rows."""
+    A, Bt = randn(segments * r, width), randn(segments * r, out)
+    M = randn(max(1, adapters), segments, r, r).float()
+    row_adapter = (torch.arange(rows, device=A.device) * 7 % adapters) if adapters else None
+    kept = [torch.full((rows, segments * r), torch.nan, device=A.device) for _ in range(2)]
+    return Correction(A / width**0.5, Bt / out**0.5, M, row_adapter, *kept)
+
+
+def _wide(x: Any) -> Any:
+    """A tensor, correction or heads in fp64, with buffers of their own for s and t; anything else as it is."""
+    if isinstance(x, Correction):
+        kept = [torch.full_like(k, torch.nan, dtype=torch.float64) if k is not None else None for k in (x.t, x.s)]
+        return Correction(x.A.double(), x.Bt.double(), x.M.double(), x.row_adapter, *kept)
+    if isinstance(x, rope.Heads):
+        return dataclasses.replace(x, q_norm=_wide(x.q_norm), k_norm=_wide(x.k_norm))
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _plain_copy(x: Any) -> Any:
+    """The same with buffers of its own for s and t."""
+    if isinstance(x, Correction):
+        return dataclasses.replace(x, t=torch.full_like(x.t, torch.nan), s=torch.full_like(x.s, torch.nan))
+    return x
+
+
+def _padded_case(
+    label: str,
+    kernel: Callable[..., Any],
+    plain: Callable[..., Any],
+    arguments: Sequence[Any],
+    width: int,  # of the padded output
+    c: Correction | None,  # whose z or sM is in its pad
+    kept: Literal["t", "s"],
+    one: float,  # what follows z in the pad
+    which: int | None = None,  # of several outputs, the padded one; the others are compared as they are
+) -> Case:
+    """Compare the row and its z, the kept t or s, and the pad's tail, which must be exact."""
+
+    def outputs(f: Callable[..., Any], args: Sequence[Any]) -> list[Tensor]:
+        got = f(*args)
+        every = list(got) if isinstance(got, tuple) else [got]
+        i = 0 if which is None else which
+        out, mine = every[i], next((x for x, y in zip(args, arguments, strict=True) if y is c), None)
+        rank = 0 if c is None else c.rank
+        every[i : i + 1] = [out[:, :width], out[:, width : width + rank]]
+        if mine is not None:
+            tail = out[:, width + rank :] if f is kernel else torch.zeros_like(out[:, width + rank :])
+            if f is not kernel:
+                tail[:, :1] = one
+            every += [getattr(mine, kept).clone(), tail]
+        return [x for x in every if x.numel()]
+
+    ours = outputs(kernel, arguments)
+    return (
+        label,
+        tuple(ours),
+        tuple(outputs(plain, [_plain_copy(x) for x in arguments])),
+        tuple(outputs(plain, [_wide(x) for x in arguments])),
+    )
+
+
+def sizes(device: torch.device, small: Sequence[tuple[int, ...]], real: Sequence[tuple[int, ...]]) -> Sequence[tuple[int, ...]]:
+    """Small ones for the interpreter, which runs one program after another."""
+    return small if device.type == "cpu" else real
+
+
+def shrink_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+    randn = normals(device, dtype, seed)
+    cases: list[Case] = []
+    for T, K, segments, r, adapters in sizes(
+        device, ((3, 40, 1, 2, 0), (7, 72, 3, 1, 3)), ((77, 3584, 1, 2, 0), (2309, 896, 3, 2, 5), (64, 18944, 1, 8, 2))
+    ):
+        x, c = randn(T, K), correction(randn, T, K, 16, segments, r, adapters)
+        plain, exact = _plain_copy(c), _wide(c)
+        z = shrink.shrink_triton(x, c), shrink.shrink_ref(x, plain), shrink.shrink_ref(x.double(), exact)
+        cases.append((f"{T} x {K}, {segments} segments of {r}", (z[0], c.t.clone()), (z[1], plain.t), (z[2], exact.t)))  # type: ignore[arg-type]
+    return cases
+
+
+def add_norm_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+    randn = normals(device, dtype, seed)
+    cases: list[Case] = []
+    for T, K, adapters in sizes(device, ((5, 40, 0), (3, 72, 2)), ((77, 896, 3), (2051, 3584, 0), (2048, 4096, 5))):
+        inner, outer = (correction(randn, T, K, K, n, 2, adapters) for n in (1, 3))
+        x, y, z, w = randn(T, K), randn(T, K + 16), randn(T, 2), randn(K)
+        for label, given in (("", (y, z, inner, outer)), (" first", (None, None, None, outer)), (" last", (y, None, None, None))):
+            y_, z_, i, o = given
+            arguments = (x, y_, z_, w, 1e-6, i, o)
+            case = (f"forward{label} {T} x {K}", add_norm.add_norm_triton, add_norm.add_norm_plain, arguments)
+            cases.append(_padded_case(*case, K, o, "t", 1.0, 1))
+        rstd = (x.float().square().mean(1, keepdim=True) + 1e-6).rsqrt()
+        for label, dx, i in (("", randn(T, K + 16), inner), (" last", None, None)):
+            arguments = (dx, randn(T, K + 16), x, rstd, w, i)
+            ops = (add_norm.add_norm_backward_triton, add_norm.add_norm_backward_plain)
+            cases.append(_padded_case(f"backward{label} {T} x {K}", *ops, arguments, K, i, "s", 0.0))
+    return cases
+
+
+def swiglu_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+    randn = normals(device, dtype, seed)
+    cases: list[Case] = []
+    for T, F, adapters in sizes(device, ((5, 40, 0), (3, 72, 2)), ((77, 4864, 3), (2051, 18944, 0))):
+        x, dh = randn(T, 2 * F + 16), randn(T, F + 16)
+        inner, outer = correction(randn, T, F, 2 * F, 2, 2, adapters), correction(randn, T, F, 24, 1, 2, adapters)
+        for label, i, o in (("", inner, outer), (" off", None, None)):
+            forward = (f"forward{label} {T} x {F}", swiglu.swiglu_triton, swiglu.swiglu_plain, (x, F, o))
+            backward = (f"backward{label} {T} x {F}", swiglu.swiglu_backward_triton, swiglu.swiglu_backward_plain, (dh, x, F, i))
+            cases.append(_padded_case(*forward, F, o, "t", 1.0))
+            cases.append(_padded_case(*backward, 2 * F, i, "s", 0.0))
+    return cases
+
+
+def rope_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+    randn = normals(device, dtype, seed)
+    cases: list[Case] = []
+    shapes = sizes(device, ((5, 3, 1, 8, 0), (3, 8, 4, 12, 2)), ((77, 14, 2, 64, 3), (1031, 28, 4, 128, 0)))
+    for T, heads, kv_heads, D, adapters in shapes:
+        cos, sin = rope.rope_tables(torch.arange(T, device=device) * 3, randn(D // 2).float().exp(), dtype)
+        for label, norms in (("", (None, None)), (" q/k norm", (randn(D), randn(D)))):
+            h = rope.Heads(heads, kv_heads, D, *norms, 1e-6)
+            qkv, c = randn(T, h.width + 16), correction(randn, T, 24, h.width, 3, 2, adapters)
+            arguments = (qkv, cos, sin, h)
+            rows = rope.rope_triton(*arguments), rope.rope_plain(*arguments), rope.rope_plain(*map(_wide, arguments))
+            cases.append((f"forward{label} {heads}+{kv_heads} x {D}", *rows))
+            # (heads, T, D) transposed: how attention hands its gradients over
+            grads = [randn(n, T, D).transpose(0, 1) for n in (heads, kv_heads, kv_heads)]
+            backward = (*grads, qkv if norms[0] is not None else None, cos, sin, h, c)
+            ops = (rope.rope_backward_triton, rope.rope_backward_plain)
+            cases.append(_padded_case(f"backward{label} {heads}+{kv_heads} x {D}", *ops, backward, h.width, c, "s", 0.0))
+    return cases
+
+
+def fused_linear_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+    randn = normals(device, dtype, seed)
+    cases: list[Case] = []
+    shapes = sizes(
+        device,
+        ((5, 24, 40, 2, 1), (70, 72, 48, 6, 0)),
+        ((7, 896, 896, 2, 0), (200, 1152, 896, 6, 1), (77, 3584, 18944, 2, 0), (2051, 4608, 3584, 8, 1)),
+    )
+
+    def fused(x: Tensor, *rest: Tensor | None) -> Tensor:
+        y = x.new_empty(len(x), len(rest[1]) + 16)[:, : len(rest[1])]  # type: ignore[arg-type]
+        fused_linear(x, *rest, y)  # type: ignore[arg-type]
+        return y
+
+    for T, N, K, R, has_bias in shapes:
+        x, weight = randn(T, K + 64)[:, :K], randn(N, K + 64)[:, :K] / K**0.5
+        update = (randn(T, K + 16)[:, K : K + R] if R <= 16 else None, weight, randn(R, N), randn(N) if has_bias else None)
+        transposed = (randn(T, R), weight.T, randn(R, K), None)
+        plain = (None, weight, None, None)
+        for label, first, rest in (("", x, update), (" W^T", randn(T, N), transposed), (" bare", x, plain)):
+            exact = fused_linear_ref(*map(_wide, (first, *rest)))
+            cases.append((f"{T} x {N} x {K}{label}", fused(first, *rest), fused_linear_ref(first, *rest), exact))
+    return cases
+
+
 # The check of each op, under the name that the op gives `runs_triton`.
-CHECKS: dict[str, Check] = {"reduce_dm": reduce_dm_check}
+CHECKS: dict[str, Check] = {
+    "fused_linear": fused_linear_check,
+    "shrink": shrink_check,
+    "add_norm": add_norm_check,
+    "swiglu": swiglu_check,
+    "rope": rope_check,
+    "reduce_dm": reduce_dm_check,
+}
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     """What kernels run in. Triton's interpreter, all there is on a CPU, gets bfloat16 wrong."""
     if device.type == "cpu":
-        return (torch.float32,)
+        return torch.float32, torch.float16
     return torch.bfloat16, torch.float16, torch.float32
 
 
@@ -78,7 +248,7 @@ def relative_errors(ours: Tensor, plain: Tensor, exact: Tensor) -> tuple[float, 
     e = exact.double().cpu()
     scale = rms(e) or 1.0
     mine, theirs = rms(ours.double().cpu() - e) / scale, rms(plain.double().cpu() - e) / scale
-    return mine if math.isfinite(mine) else math.inf, theirs, 2 * theirs + 4 * torch.finfo(ours.dtype).eps
+    return mine if math.isfinite(mine) else math.inf, theirs, 2 * theirs + torch.finfo(torch.float32).eps
 
 
 def _tuple(outputs: Outputs) -> tuple[Tensor, ...]:
