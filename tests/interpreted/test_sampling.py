@@ -118,7 +118,7 @@ def test_a_row_does_not_depend_on_the_others_or_on_strides():
     whole = sample_triton(logits, 0.7, 1.0, 0, u)
     alone = sample_triton(logits[4:5], 0.7, 1.0, 0, u[4:5])
     wide = sample_triton(torch.cat([logits, logits], 1)[:, :VOCAB], 0.7, 1.0, 0, u)
-    turned = sample_triton(logits.T.contiguous().T, 0.7, 1.0, 0, torch.stack([u, u], 1)[:, 1])
+    turned = sample_triton(logits.T.contiguous().T, 0.7, 1.0, 0, torch.stack([u, u], 1).float()[:, 1])
     for i in (0, 1):
         assert torch.equal(whole[i][4:5], alone[i]) and torch.equal(whole[i], wide[i]) and torch.equal(whole[i], turned[i])
 
