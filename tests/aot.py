@@ -24,7 +24,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from tinylora.kernels import launch, reduce_dm
+from tinylora.kernels import launch, reduce_dm, sampling, token_logprobs
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of shared memory that a block may ask for
 # SASS opcodes worth counting: spills, tensor cores of the three generations, asynchronous copies.
@@ -39,6 +39,7 @@ class Case:
     module: ModuleType
     run: Callable[[], Any]
     needs: dict[str, dict[int, set[str]]] = field(default_factory=dict)  # kernel -> architecture -> SASS opcodes
+    forbids: frozenset[str] = frozenset()  # SASS opcodes that no kernel may have
     architectures: tuple[int, ...] = (80, 90, 100)
 
 
@@ -51,7 +52,32 @@ def _reduce_dm(r: int, segments: int, adapters: int) -> Callable[[], Any]:
     return lambda: reduce_dm.reduce_dm_triton(s, s, [64] * 256, adapters, meta(256, dtype=torch.int64), r)
 
 
+def _token_logprobs(dtype: torch.dtype, rows: int = 2048, width: int = 3584, vocab: int = 151_936) -> Callable[[], Any]:
+    def run() -> None:
+        hidden, head = meta(rows, width, dtype=dtype).requires_grad_(), meta(vocab, width, dtype=dtype)
+        logp, _ = token_logprobs.token_logprobs_triton(hidden, head, meta(rows, dtype=torch.int64), 0.7)
+        logp.sum().backward()
+
+    return run
+
+
+def _sample(dtype: torch.dtype, temperature: float) -> Callable[[], Any]:
+    logits, u = meta(256, 151_936, dtype=dtype), meta(256, dtype=torch.float64)
+    return lambda: sampling.sample_triton(logits, temperature, 1.0, 0, u)
+
+
+# Tiles of a product are copied asynchronously and multiplied by each generation's tensor cores.
+PRODUCT = {80: {"LDGSTS", "HMMA"}, 90: {"LDGSTS", "HGMMA"}, 100: {"LDGSTS", "UTCHMMA"}}
+
+# In fp32 they would multiply TF32, which only a GPU would notice: the interpreter computes true fp32.
+TENSOR_CORES = frozenset({"HMMA", "HGMMA", "UTCHMMA"})
+
 CASES = [
+    Case("token_logprobs bf16", token_logprobs, _token_logprobs(torch.bfloat16), {"_share": PRODUCT, "_dlogits": PRODUCT}),
+    Case("token_logprobs fp32", token_logprobs, _token_logprobs(torch.float32), forbids=TENSOR_CORES),
+    Case("sampling bf16", sampling, _sample(torch.bfloat16, 0.7)),
+    Case("sampling fp32", sampling, _sample(torch.float32, 0.7)),
+    Case("sampling fp32, greedy", sampling, _sample(torch.float32, 0.0)),
     Case("reduce_dm r=2, 28 layers", reduce_dm, _reduce_dm(2, 28 * 7, 16)),
     Case("reduce_dm r=1, 1 segment", reduce_dm, _reduce_dm(1, 1, 1)),
 ]
@@ -113,11 +139,11 @@ def reports() -> Iterator[dict[str, Any]]:
                 continue
             launch.compiled.clear()
             case.run()
-            for kernel in launch.compiled:
+            for kernel in {kernel.hash: kernel for kernel in launch.compiled}.values():  # each once, however often launched
                 report = inspect(kernel)
                 registers, shared = case.module.BUDGET[report["kernel"]]
                 needs = case.needs.get(report["kernel"], {}).get(architecture, set())
-                expected = {"registers": registers, "shared": shared, "opcodes": sorted(needs)}
+                expected = {"registers": registers, "shared": shared, "needs": sorted(needs), "forbids": sorted(case.forbids)}
                 module = case.module.__name__.rpartition(".")[2]
                 yield {"case": case.name, "module": module, "architecture": architecture, **report, "expected": expected}
 

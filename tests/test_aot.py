@@ -30,7 +30,8 @@ def faults(report: dict) -> list[str]:
     # ptxas gives a healthy tcgen05 kernel on sm_100 a few bytes of stack; elsewhere any local memory is a spill.
     found = [f"{spills} local loads and stores"] if spills > (4 if report["architecture"] == 100 else 0) else []
     found += [f"{report[k]} {k}, budget {expected[k]}" for k in ("registers", "shared") if report[k] > expected[k]]
-    return found + [f"no {name}" for name in expected["opcodes"] if name not in opcodes]
+    found += [f"no {name}" for name in expected["needs"] if name not in opcodes]
+    return found + [f"{name}, which it must not use" for name in expected["forbids"] if name in opcodes]
 
 
 def test_every_kernel_is_within_its_budget(reports):
@@ -67,10 +68,16 @@ def test_faults_are_found():
         "registers": 64,
         "shared": 1024,
         "opcodes": {"HGMMA": 4},
-        "expected": {"registers": 64, "shared": 1024, "opcodes": ["HGMMA"]},
+        "expected": {"registers": 64, "shared": 1024, "needs": ["HGMMA"], "forbids": ["HMMA"]},
     }
     assert not faults(report)
-    for change in ({"registers": 65}, {"shared": 1025}, {"opcodes": {}}, {"opcodes": {"HGMMA": 4, "STL": 1}}):
+    for change in (
+        {"registers": 65},
+        {"shared": 1025},
+        {"opcodes": {}},
+        {"opcodes": {"HGMMA": 4, "STL": 1}},
+        {"opcodes": {"HGMMA": 4, "HMMA": 1}},
+    ):
         assert len(faults(report | change)) == 1, change
     four = report | {"opcodes": {"HGMMA": 4, "STL": 2, "LDL": 2}}
     assert faults(four) and not faults(four | {"architecture": 100})

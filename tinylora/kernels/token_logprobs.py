@@ -3,16 +3,26 @@
     l = h W^T / temperature    logp = l[token] - logsumexp(l)    entropy = logsumexp(l) - sum_v softmax(l)_v l_v
     dh = (g (onehot(token) - softmax(l)) / temperature) W          dW does not exist; entropy is a metric, without gradient
 
-Rows go through in chunks; the backward recomputes each chunk's logits instead of keeping them.
+Rows go through in chunks; the backward recomputes each chunk's logits instead of keeping them. The Triton forward keeps
+three numbers for each row and share of the vocabulary, and its logits are never rounded below fp32. Its backward writes a
+chunk of dlogits, in the head's precision, for cuBLAS to multiply. Nothing depends on the order in which blocks run.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from tinylora.kernels import dispatch
 from tinylora.kernels.frozen_linear import NARROW, pad_rows
+from tinylora.kernels.launch import launch
 
 CHUNK = 1 << 22  # logits in memory at a time
+SPLITS = 16  # shares of the vocabulary: with 1024 rows in blocks of 128 they fill a GPU of 132 processors
+BUDGET = {"_share": (255, 98_336), "_combine": (64, 0), "_dlogits": (208, 98_336)}  # registers, bytes of shared memory
 
 
 def token_logprobs_ref(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -58,6 +68,203 @@ class _TokenLogprobs(torch.autograd.Function):
         return dhidden, None, None, None
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _logits(  # type: ignore[no-untyped-def]
+    hidden_ptr,  # (T, width)
+    head_ptr,  # (vocab, width)
+    rows,  # (ROWS,) int64
+    columns,  # (COLUMNS,) int64
+    T,
+    vocab,
+    width,
+    stride_hidden,
+    stride_head,
+    temperature,
+    DEPTH: tl.constexpr,
+):
+    """One tile (ROWS, COLUMNS) of the logits in fp32. Outside (T, vocab) it repeats the last row and column: no mask."""
+    k = tl.arange(0, DEPTH)
+    x_ptr = hidden_ptr + tl.minimum(rows, T - 1)[:, None] * stride_hidden + k[None, :]  # (ROWS, DEPTH)
+    w_ptr = head_ptr + tl.minimum(columns, vocab - 1)[None, :] * stride_head + k[:, None]  # (DEPTH, COLUMNS)
+    tile = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.float32)
+    for start in range(0, width, DEPTH):
+        x = tl.load(x_ptr, (k < width - start)[None, :], 0.0)
+        w = tl.load(w_ptr, (k < width - start)[:, None], 0.0)
+        tile = tl.dot(x, w, tile, input_precision="ieee")  # by default fp32 would be multiplied as TF32
+        x_ptr += DEPTH
+        w_ptr += DEPTH
+    return tile / temperature
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _share(  # type: ignore[no-untyped-def]
+    hidden_ptr,  # (T, width)
+    head_ptr,  # (vocab, width)
+    tokens_ptr,  # (T,) int64
+    chosen_ptr,  # (T,): the token's logit
+    shares_ptr,  # (splits, 3, T): max, sum e^(l - max), sum e^(l - max) (l - max)
+    T,
+    vocab,
+    width,
+    stride_hidden,
+    stride_head,
+    temperature,
+    tiles,  # of COLUMNS tokens in a share
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    split = tl.program_id(0)  # neighbours read the same rows, which stay in the cache
+    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = tl.load(tokens_ptr + rows, rows < T, -1)
+    lowest = -1e30  # adds nothing, and unlike -inf gives no NaN when a zero multiplies it
+    top = tl.full((ROWS,), lowest, tl.float32)
+    mass, moment, chosen = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
+    first, end = split * tiles * COLUMNS, tl.minimum((split + 1) * tiles * COLUMNS, vocab)
+    for start in range(first, end, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS).to(tl.int64)
+        tile = _logits(hidden_ptr, head_ptr, rows, columns, T, vocab, width, stride_hidden, stride_head, temperature, DEPTH)
+        chosen += tl.sum(tl.where(columns[None, :] == token[:, None], tile, 0.0), 1)
+        tile = tl.where((columns < vocab)[None, :], tile, lowest)
+        new = tl.maximum(top, tl.max(tile, 1))
+        below = tile - new[:, None]
+        p = tl.exp(below)
+        drop = top - new
+        moment = tl.exp(drop) * (moment + mass * drop) + tl.sum(p * below, 1)
+        mass = tl.exp(drop) * mass + tl.sum(p, 1)
+        top = new
+    out = shares_ptr + split.to(tl.int64) * 3 * T + rows
+    tl.store(out, top, rows < T)
+    tl.store(out + T, mass, rows < T)
+    tl.store(out + 2 * T, moment, rows < T)
+    tl.store(chosen_ptr + rows, chosen, (rows < T) & (token >= first) & (token < end))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _combine(  # type: ignore[no-untyped-def]
+    chosen_ptr,  # (T,)
+    shares_ptr,  # (splits, 3, T)
+    logp_ptr,  # (T,)
+    entropy_ptr,  # (T,)
+    lse_ptr,  # (T,)
+    T,
+    splits,
+    ROWS: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    share_ptr = shares_ptr + rows
+    top = tl.load(share_ptr, rows < T, 0.0)
+    mass = tl.load(share_ptr + T, rows < T, 1.0)
+    moment = tl.load(share_ptr + 2 * T, rows < T, 0.0)
+    for _ in range(1, splits):
+        share_ptr += 3 * T
+        other = tl.load(share_ptr, rows < T, 0.0)
+        other_mass = tl.load(share_ptr + T, rows < T, 1.0)
+        new = tl.maximum(top, other)
+        a, b = tl.exp(top - new), tl.exp(other - new)
+        moment = a * (moment + mass * (top - new))
+        moment += b * (tl.load(share_ptr + 2 * T, rows < T, 0.0) + other_mass * (other - new))
+        mass = a * mass + b * other_mass
+        top = new
+    log_mass = tl.log(mass)
+    tl.store(lse_ptr + rows, top + log_mass, rows < T)
+    tl.store(logp_ptr + rows, tl.load(chosen_ptr + rows, rows < T, 0.0) - top - log_mass, rows < T)
+    tl.store(entropy_ptr + rows, log_mass - moment / mass, rows < T)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _dlogits(  # type: ignore[no-untyped-def]
+    hidden_ptr,  # (T, width)
+    head_ptr,  # (vocab, width)
+    tokens_ptr,  # (T,) int64
+    lse_ptr,  # (T,)
+    dlogp_ptr,  # (T,)
+    out_ptr,  # (T, vocab)
+    T,
+    vocab,
+    width,
+    stride_hidden,
+    stride_head,
+    stride_out,
+    temperature,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # neighbours read the same part of the head
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
+    tile = _logits(hidden_ptr, head_ptr, rows, columns, T, vocab, width, stride_hidden, stride_head, temperature, DEPTH)
+    token = tl.load(tokens_ptr + rows, rows < T, -1)
+    g = tl.load(dlogp_ptr + rows, rows < T, 0.0) / temperature
+    p = tl.exp(tile - tl.load(lse_ptr + rows, rows < T, 0.0)[:, None])
+    d = g[:, None] * (tl.where(columns[None, :] == token[:, None], 1.0, 0.0) - p)
+    inside = (rows < T)[:, None] & (columns < vocab)[None, :]
+    tl.store(out_ptr + rows[:, None] * stride_out + columns[None, :], d.to(out_ptr.dtype.element_ty), inside)
+
+
+def config(dtype: torch.dtype) -> dict[str, Any]:
+    """Blocks of the products, the largest that spill nothing on any of three generations: 128 x 256 did, on all three."""
+    if dtype == torch.float32:
+        return {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 2}
+    return {"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3}
+
+
+def shares(vocab: int, columns: int) -> tuple[int, int]:
+    """Shares of the vocabulary and the tiles of `columns` tokens in each, none empty; a row's bits depend on no other row."""
+    tiles = triton.cdiv(vocab, columns)
+    each = triton.cdiv(tiles, SPLITS)
+    return triton.cdiv(tiles, each), each
+
+
+def chunk_rows(rows: int) -> int:
+    """Rows of dlogits in memory: under a twentieth of them beyond 2560, in whole blocks; 1024 are enough for a good GEMM."""
+    return min(1024, max(128, rows // 20 // 128 * 128))
+
+
+class _TokenLogprobsTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, tokens, temperature):  # type: ignore[no-untyped-def]
+        (rows, width), vocab, options = hidden.shape, len(head), config(hidden.dtype)
+        splits, tiles = shares(vocab, options["COLUMNS"])
+        logp, entropy, lse = hidden.new_empty(3, rows, dtype=torch.float32)
+        chosen = torch.full_like(logp, torch.nan)  # a token outside the vocabulary has no logit
+        parts = logp.new_empty(splits, 3, rows)
+        sizes = (rows, vocab, width, hidden.stride(0), head.stride(0), temperature)
+        grid = (splits, triton.cdiv(rows, options["ROWS"]))
+        launch(_share, grid, hidden, head, tokens, chosen, parts, *sizes, tiles, **options)
+        launch(_combine, (triton.cdiv(rows, 128),), chosen, parts, logp, entropy, lse, rows, splits, ROWS=128, num_warps=4)
+        ctx.save_for_backward(hidden, head, tokens, lse)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, dlogp, _):  # type: ignore[no-untyped-def]
+        hidden, head, tokens, lse = ctx.saved_tensors
+        (rows, width), vocab, options = hidden.shape, len(head), config(hidden.dtype)
+        size = chunk_rows(rows)
+        # rows of the buffer start at multiples of 64 elements, for wide stores; its columns beyond vocab are never read
+        buffer = hidden.new_empty(min(rows, size), triton.cdiv(vocab, 64) * 64)[:, :vocab]
+        dhidden, dlogp = torch.empty_like(hidden), dlogp.contiguous()
+        for start in range(0, rows, size):
+            chunk = slice(start, min(start + size, rows))
+            count = chunk.stop - start
+            strides = (hidden.stride(0), head.stride(0), buffer.stride(0))
+            grid = (triton.cdiv(count, options["ROWS"]), triton.cdiv(vocab, options["COLUMNS"]))
+            tensors = (hidden[chunk], head, tokens[chunk], lse[chunk], dlogp[chunk], buffer)
+            launch(_dlogits, grid, *tensors, count, vocab, width, *strides, ctx.temperature, **options)
+            torch.mm(buffer[:count], head, out=dhidden[chunk])
+        return dhidden, None, None, None
+
+
+def token_logprobs_triton(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` in bf16, fp16 or fp32; a token outside the vocabulary gives NaN. Raises ValueError on a strided head."""
+    if head.stride(1) != 1:
+        raise ValueError(f"the head's rows must be contiguous; its strides are {head.stride()}")
+    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    return _TokenLogprobsTriton.apply(hidden, head, tokens.contiguous(), float(temperature))
+
+
 def token_logprobs(
     hidden: Tensor,  # (T, hidden)
     head: Tensor,  # (vocab, hidden), frozen
@@ -65,6 +272,8 @@ def token_logprobs(
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # (T,), (T,), at least fp32
     """Log-probability of tokens[i] after hidden[i], and the entropy there, with a gradient for hidden through the first."""
+    if dispatch.runs_triton("token_logprobs", hidden):
+        return token_logprobs_triton(hidden, head, tokens, temperature)
     rows = len(hidden)
     logp, entropy = _TokenLogprobs.apply(pad_rows(hidden), head, pad_rows(tokens), temperature)
     return logp[:rows], entropy[:rows]
