@@ -214,11 +214,12 @@ def test_input_sets_are_beyond_the_cache() -> None:
     assert ops._sets(10**6, 0) == 2
 
 
-def test_attach(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_attach(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The factors of 14 small weights, and a residual that sees a wrong one."""
     kept = os.environ["TINYLORA_CACHE"]
-    attach.main(["--model", "tiny", "--layers", "2", "--device", "cpu"])
+    attach.main(["--model", "tiny", "--layers", "2", "--device", "cpu", "--json", str(tmp_path / "attach.json")])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads((tmp_path / "attach.json").read_text())
     assert (result["bench"], result["weights"], os.environ["TINYLORA_CACHE"]) == ("attach", 14, kept)
     assert 0 < result["worst_residual"] <= 1e-6 and result["cold_seconds"] > result["warm_seconds"] > 0
     # A and B of 14 modules in fp32 and a header

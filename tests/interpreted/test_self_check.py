@@ -25,7 +25,15 @@ def transposed(outputs):
 
 
 # op, launcher that its check calls, and a fault in what that returns
-FAULTS = [("reduce_dm", "reduce_dm_triton", slightly_off), ("reduce_dm", "reduce_dm_triton", transposed)]
+FAULTS = [
+    ("reduce_dm", "reduce_dm_triton", slightly_off),
+    ("reduce_dm", "reduce_dm_triton", transposed),
+    ("sampling", "sample_triton", lambda found: (found[0] + 1, found[1])),
+    ("sampling", "sample_triton", lambda found: (found[0], slightly_off(found[1]))),
+    ("token_logprobs", "token_logprobs_triton", lambda found: (slightly_off(found[0].detach()) + 0 * found[0], found[1])),
+    ("token_logprobs", "token_logprobs_triton", lambda found: (found[0], slightly_off(found[1]))),
+    ("token_logprobs", "token_logprobs_triton", lambda found: (found[0] + 1e-4 * (found[0] - found[0].detach()), found[1])),
+]
 
 
 @pytest.mark.parametrize(("op", "launcher", "fault"), FAULTS)

@@ -111,7 +111,7 @@ def _cached_or_checked(device: torch.device, checks: str) -> dict[str, Verdict]:
     key = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir() / f"self-check-{key}.json"
     try:
-        stored: dict[str, Verdict] = {v["op"]: {"error": v["error"], **v} for v in json.loads(path.read_text())["verdicts"]}
+        stored: dict[str, Verdict] = {v["op"]: v for v in json.loads(path.read_text())["verdicts"] if "error" in v}
         if stored.keys() == set(ops):
             return stored
     except FileNotFoundError:

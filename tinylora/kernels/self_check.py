@@ -27,6 +27,8 @@ from tinylora.kernels import add_norm, dispatch, rope, shrink, swiglu
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.fused_linear import fused_linear, fused_linear_ref
 from tinylora.kernels.reduce_dm import reduce_dm_ref, reduce_dm_triton
+from tinylora.kernels.sampling import sample_ref, sample_triton
+from tinylora.kernels.token_logprobs import token_logprobs_ref, token_logprobs_triton
 
 Outputs = Tensor | tuple[Tensor, ...]
 Case = tuple[str, Outputs, Outputs, Outputs]  # label, ours, plain, exact
@@ -216,7 +218,46 @@ def fused_linear_check(device: torch.device, dtype: torch.dtype, seed: int) -> l
         for label, first, rest in (("", x, update), (" W^T", randn(T, N), transposed), (" bare", x, plain)):
             exact = fused_linear_ref(*map(_wide, (first, *rest)))
             cases.append((f"{T} x {N} x {K}{label}", fused(first, *rest), fused_linear_ref(first, *rest), exact))
+
+
+def sampling_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+    """u in the middle of some likely token's share of [0, 1), so that rounding cannot change which token it is."""
+    randn = normals(device, dtype, seed)
+    cases: list[Case] = []
+    for rows, vocab in ((7, 9000), (3, 50), (1, 4096)):
+        logits = 4 * randn(rows, vocab)
+        logits[:, vocab // 3] = 24  # more than any other: no ties
+        for temperature in (1.3, 0.0):
+            p = (logits.double() / (temperature or 1.0)).softmax(1)
+            likely = p.argsort(1, descending=True)[torch.arange(rows), torch.arange(rows) % 4]  # (rows,)
+            cdf = p.cumsum(1) - p / 2  # (rows, vocab): the middle of each share
+            u = cdf.gather(1, likely[:, None]).squeeze(1)
+            ours = sample_triton(logits, temperature, 1.0, 0, u)
+            plain = sample_ref(logits, temperature, 1.0, 0, u)
+            exact = sample_ref(logits.double(), temperature, 1.0, 0, u)
+            cases.append((f"{rows} of {vocab} at temperature {temperature}", ours, plain, exact))
     return cases
+
+
+def token_logprobs_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+    """Log-prob, entropy and the gradient of the hidden states."""
+    randn = normals(device, dtype, seed)
+    cases: list[Case] = []
+    for rows, width, vocab in ((70, 96, 1000), (3, 64, 129)):
+        hidden, head, dlogp = randn(rows, width), randn(vocab, width) / 4, randn(rows).float()
+        tokens = (randn(rows).double().abs() * vocab / 5).long().clamp(max=vocab - 1)
+
+        def run(op: Callable[..., tuple[Tensor, Tensor]], x: Tensor, w: Tensor, dy: Tensor, y: Tensor = tokens) -> Outputs:
+            x = x.detach().requires_grad_()
+            logp, entropy = op(x, w, y, 0.7)
+            return logp.detach(), entropy.detach(), *torch.autograd.grad(logp, x, dy.to(logp.dtype))
+
+        exact = run(token_logprobs_ref, hidden.double(), head.double(), dlogp)
+        ours, plain = (run(op, hidden, head, dlogp) for op in (token_logprobs_triton, token_logprobs_ref))
+        cases.append((f"{rows} x {width} x {vocab}", ours, plain, exact))
+
+
+return cases
 
 
 # The check of each op, under the name that the op gives `runs_triton`.
@@ -227,6 +268,8 @@ CHECKS: dict[str, Check] = {
     "swiglu": swiglu_check,
     "rope": rope_check,
     "reduce_dm": reduce_dm_check,
+    "sampling": sampling_check,
+    "token_logprobs": token_logprobs_check,
 }
 
 
