@@ -24,7 +24,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from tinylora.kernels import launch, reduce_dm, sampling, token_logprobs
+from tinylora.kernels import add_norm, fused_linear, launch, reduce_dm, rope, sampling, shrink, swiglu, token_logprobs
+from tinylora.kernels.correction import Correction
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes of shared memory that a block may ask for
 # SASS opcodes worth counting: spills, tensor cores of the three generations, asynchronous copies.
@@ -66,13 +67,83 @@ def _sample(dtype: torch.dtype, temperature: float) -> Callable[[], Any]:
     return lambda: sampling.sample_triton(logits, temperature, 1.0, 0, u)
 
 
+def _linear(T: int, N: int, K: int, transposed: bool = False, dtype: torch.dtype = torch.bfloat16) -> Callable[[], Any]:
+    """Qwen2.5-7B's o, 3584 x 3584, or wider; operands are views of padded buffers."""
+
+    def run() -> None:
+        weight = meta(N + 16, K + 64, dtype=dtype)[:N, :K]
+        if transposed:
+            x, z, y, B = (
+                meta(T, N + 64, dtype=dtype)[:, :N],
+                meta(T, N + 64)[:, N : N + 2],
+                meta(T, K + 64, dtype=dtype),
+                meta(2, K),
+            )
+            fused_linear.fused_linear(x, z, weight.T, B, None, y[:, :K])
+        else:
+            x, z, y, B = (
+                meta(T, K + 64, dtype=dtype)[:, :K],
+                meta(T, K + 64)[:, K : K + 2],
+                meta(T, N + 64, dtype=dtype),
+                meta(2, N),
+            )
+            fused_linear.fused_linear(x, z, weight, B, meta(N, dtype=dtype), y[:, :N])
+
+    return run
+
+
+def _correction(T: int, K: int, N: int, segments: int, adapters: bool = False) -> Correction:
+    t, s = (meta(T, 400, dtype=torch.float32)[:, : 2 * segments] for _ in range(2))
+    M, rows = meta(4 if adapters else 1, segments, 2, 2, dtype=torch.float32), meta(T, dtype=torch.int64)
+    return Correction(meta(2 * segments, K), meta(2 * segments, N), M, rows if adapters else None, t, s)
+
+
+def _rows(T: int, adapters: bool = False, width: int = 3584, ffn: int = 18944) -> dict[str, Callable[[], Any]]:
+    """Each row op at Qwen2.5-7B's sizes, by name."""
+    heads = rope.Heads(28, 4, 128, meta(128), meta(128), 1e-6)
+    qkv = _correction(T, width, heads.width, 3, adapters)
+    o, gate_up, down = (_correction(T, *shape, adapters) for shape in ((width, width, 1), (width, 2 * ffn, 2), (ffn, width, 1)))
+    x, w, rstd, cos = meta(T, width), meta(width), meta(T, 1, dtype=torch.float32), meta(T, 128)
+    y, wide, h = meta(T, width + 64)[:, : width + 16], meta(T, 2 * ffn + 64)[:, : 2 * ffn + 16], meta(T, ffn + 64)
+    grads = [meta(n, T, 128).transpose(0, 1) for n in (28, 4, 4)]
+    return {
+        "shrink": lambda: shrink.shrink_triton(x, o),
+        "add_norm": lambda: add_norm.add_norm_triton(x, y, meta(T, 2), w, 1e-6, o, gate_up),
+        "add_norm backward": lambda: add_norm.add_norm_backward_triton(y, y, x, rstd, w, o),
+        "swiglu": lambda: swiglu.swiglu_triton(wide, ffn, down),
+        "swiglu backward": lambda: swiglu.swiglu_backward_triton(h, wide, ffn, gate_up),
+        "rope": lambda: rope.rope_triton(meta(T, heads.width + 64), cos, cos, heads),
+        "rope backward": lambda: rope.rope_backward_triton(*grads, meta(T, heads.width + 64), cos, cos, heads, qkv),
+    }
+
+
+MODULES = {"shrink": shrink, "add_norm": add_norm, "swiglu": swiglu, "rope": rope}
+
 # Tiles of a product are copied asynchronously and multiplied by each generation's tensor cores.
 PRODUCT = {80: {"LDGSTS", "HMMA"}, 90: {"LDGSTS", "HGMMA"}, 100: {"LDGSTS", "UTCHMMA"}}
 
 # In fp32 they would multiply TF32, which only a GPU would notice: the interpreter computes true fp32.
 TENSOR_CORES = frozenset({"HMMA", "HGMMA", "UTCHMMA"})
 
+# By TMA, the tiles are copied by the engine instead; a TMA kernel is not compiled for sm_80, where it would spill.
+TMA = {90: {"UTMALDG", "UTMASTG", "HGMMA"}, 100: {"UTMALDG", "UTMASTG", "UTCHMMA"}}
+
 CASES = [
+    *(
+        Case(f"fused_linear T={T} pointers", fused_linear, _linear(T, 3584, 3584), {"_pointers": PRODUCT}, architectures=(80,))
+        for T in (16, 64, 4096)
+    ),
+    Case(
+        "fused_linear W^T pointers", fused_linear, _linear(4096, 3584, 3584, True), {"_pointers": PRODUCT}, architectures=(80,)
+    ),
+    Case("fused_linear fp32", fused_linear, _linear(4096, 3584, 3584, dtype=torch.float32), forbids=TENSOR_CORES),
+    *(
+        Case(f"fused_linear T={T} tma", fused_linear, _linear(T, 3584, 3584), {"_tma": TMA}, architectures=(90, 100))
+        for T in (64, 256, 4096)
+    ),
+    Case("fused_linear W^T tma", fused_linear, _linear(4096, 3584, 3584, True), {"_tma": TMA}, architectures=(90, 100)),
+    *(Case(f"{name} T=64", MODULES[name.split()[0]], run) for name, run in _rows(64, adapters=True).items()),
+    *(Case(f"{name} T=16384", MODULES[name.split()[0]], run) for name, run in _rows(16384).items()),
     Case("token_logprobs bf16", token_logprobs, _token_logprobs(torch.bfloat16), {"_share": PRODUCT, "_dlogits": PRODUCT}),
     Case("token_logprobs fp32", token_logprobs, _token_logprobs(torch.float32), forbids=TENSOR_CORES),
     Case("sampling bf16", sampling, _sample(torch.bfloat16, 0.7)),

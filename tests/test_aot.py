@@ -58,7 +58,8 @@ def test_every_kernel_is_compiled(reports):
     called = {ast.unparse(node.func) for _, f in jitted for node in ast.walk(f) if isinstance(node, ast.Call)}
     kernels = {(module, f.name) for module, f in jitted if f.name not in called}
     for architecture in (80, 90, 100):
-        assert kernels == {(r["module"], r["kernel"]) for r in reports if r["architecture"] == architecture}
+        wanted = kernels - {("fused_linear", "_tma")} if architecture == 80 else kernels
+        assert wanted == {(r["module"], r["kernel"]) for r in reports if r["architecture"] == architecture}
 
 
 def test_faults_are_found():

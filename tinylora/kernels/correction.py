@@ -147,10 +147,9 @@ def store_mixed(  # type: ignore[no-untyped-def]
     inside = (rows < T)[:, None] & (i < R)[None, :]
     if KEEP:
         tl.store(t_ptr + rows[:, None] * stride_t + i[None, :], t, inside)
+    adapter = tl.zeros_like(rows)
     if HAS_ADAPTER:
-        adapter = tl.load(adapter_ptr + rows, rows < T, 0).to(tl.int64)
-    else:
-        adapter = tl.zeros_like(rows)
+        adapter += tl.load(adapter_ptr + rows, rows < T, 0)
     a, b = i[:, None], i[None, :]  # M is block-diagonal: blocks of r, elements (a, b) of a block
     if TRANSPOSED:
         place = a // RANK * RANK * RANK + b % RANK * RANK + a % RANK

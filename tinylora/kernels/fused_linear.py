@@ -20,11 +20,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tinylora.kernels.launch import INTERPRETED, launch
 
-BUDGET = {"_pointers": (255, 147_456), "_tma": (255, 229_376)}  # kernel: registers a thread, bytes of shared memory
+BUDGET = {"_pointers": (255, 147_456), "_tma": (184, 229_376)}  # kernel: registers a thread, bytes of shared memory
 
 # Tiles by rows: (at most this many rows, BLOCK_T, BLOCK_N, BLOCK_K, warps, stages).
 POINTER_TILES = ((16, 16, 64, 128, 4, 4), (64, 64, 64, 64, 4, 4), (256, 128, 128, 64, 8, 3), (1 << 62, 128, 128, 64, 8, 3))
-TMA_TILES = ((64, 64, 128, 128, 4, 4), (256, 128, 128, 64, 4, 4), (1 << 62, 128, 256, 64, 8, 3))
+HOPPER_TILES = ((64, 64, 128, 128, 4, 4), (256, 128, 128, 64, 4, 4), (1 << 62, 128, 256, 64, 8, 3))
+# Blackwell's accumulator comes out of tensor memory all at once for the epilogue: more registers than Hopper's tiles leave.
+BLACKWELL_TILES = ((64, 64, 128, 128, 8, 4), (1 << 62, 128, 128, 64, 8, 4))
 GROUP = 8  # tiles of rows that share their columns of W while those are in the cache
 
 
@@ -149,12 +151,18 @@ def _tma(  # type: ignore[no-untyped-def]
         y_desc.store([row * BLOCK_T, column * BLOCK_N], tile.to(y_desc.dtype))
 
 
-def config(rows: int, tma: bool, wide: bool) -> dict[str, int]:
+def tiles(capability: int, tma: bool) -> tuple[tuple[int, ...], ...]:
+    """The table of an architecture."""
+    if not tma:
+        return POINTER_TILES
+    return HOPPER_TILES if capability < 100 else BLACKWELL_TILES
+
+
+def config(rows: int, capability: int, tma: bool, wide: bool) -> dict[str, int]:
     """Tiles for this many rows. `wide` operands (fp32) are multiplied without tensor cores, in smaller tiles."""
     if wide:
         return {"BLOCK_T": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    table = TMA_TILES if tma else POINTER_TILES
-    return _options(next(entry for entry in table if rows <= entry[0]))
+    return _options(next(entry for entry in tiles(capability, tma) if rows <= entry[0]))
 
 
 def _options(entry: tuple[int, ...]) -> dict[str, int]:
@@ -168,11 +176,15 @@ def takes_tma(capability: int, *tensors: Tensor) -> bool:
     )
 
 
-@lru_cache
 def _capability(device: torch.device) -> int:
     if device.type == "cuda":
-        return 10 * torch.cuda.get_device_capability(device)[0]
-    return 80 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)  # on meta: what to compile for
+        return 10 * _major(device)
+    return 80 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)  # meta: what to compile for
+
+
+@lru_cache
+def _major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 @lru_cache
@@ -189,15 +201,16 @@ def fused_linear(
     y: Tensor,  # (T, N), written; unit stride in its rows
 ) -> None:
     """y = x W^T + z B^T + bias."""
-    tma = takes_tma(_capability(x.device), x, weight, y)
+    capability = _capability(x.device)
+    tma = takes_tma(capability, x, weight, y)
     run = _run_tma if tma else _run_pointers
     if os.environ.get("TINYLORA_AUTOTUNE") == "1" and x.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         key = (len(x), *weight.shape, weight.stride(0) == 1, tma)
         if key not in _tuned:
-            _tuned[key] = _tune(key, run, (x, z, weight, Bt, bias, y), TMA_TILES if tma else POINTER_TILES)
+            _tuned[key] = _tune(key, run, (x, z, weight, Bt, bias, y), tiles(capability, tma))
         run(x, z, weight, Bt, bias, y, _tuned[key])
         return
-    run(x, z, weight, Bt, bias, y, config(len(x), tma, x.element_size() > 2))
+    run(x, z, weight, Bt, bias, y, config(len(x), capability, tma, x.element_size() > 2))
 
 
 def _run_pointers(

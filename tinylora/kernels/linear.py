@@ -37,16 +37,17 @@ def _forward(x: Tensor, group: FrozenLinear, y: Tensor) -> None:
     if group.buffer is not None and kind in ("padded", "cuda") and (carries or group.bias is None):
         torch.mm(x, group.buffer[:N, : x.shape[1]].T, out=y)
         return
-    z = x[:, K : K + len(group.Bt)] if carries and group.Bt is not None else None
+    Bt = group.Bt if carries else None
+    z = None if Bt is None else x[:, K : K + len(Bt)]
     if kind == "triton" and dispatch.runs_triton("fused_linear", x):
-        fused_linear(x[:, :K], z, group.weight, group.Bt, group.bias, y)
+        fused_linear(x[:, :K], z, group.weight, Bt, group.bias, y)
         return
     if group.bias is None:
         torch.mm(x[:, :K], group.weight.T, out=y)
     else:
         torch.addmm(group.bias, x[:, :K], group.weight.T, out=y)
-    if z is not None:
-        y.addmm_(z, group.Bt)
+    if z is not None and Bt is not None:
+        y.addmm_(z, Bt)
 
 
 def _backward(dy: Tensor, group: FrozenLinear, dx: Tensor) -> None:
@@ -56,13 +57,14 @@ def _backward(dy: Tensor, group: FrozenLinear, dx: Tensor) -> None:
     if group.buffer is not None and kind in ("padded", "cuda"):
         torch.mm(dy, group.buffer[: dy.shape[1], :K], out=dx)
         return
-    sM = dy[:, N : N + len(group.A)] if carries and group.A is not None else None
+    A = group.A if carries else None
+    sM = None if A is None else dy[:, N : N + len(A)]
     if kind == "triton" and dispatch.runs_triton("fused_linear", dy):
-        fused_linear(dy[:, :N], sM, group.weight.T, group.A, None, dx)
+        fused_linear(dy[:, :N], sM, group.weight.T, A, None, dx)
         return
     torch.mm(dy[:, :N], group.weight, out=dx)
-    if sM is not None:
-        dx.addmm_(sM, group.A)
+    if sM is not None and A is not None:
+        dx.addmm_(sM, A)
 
 
 class _Linear(torch.autograd.Function):

@@ -85,7 +85,8 @@ def _wide(x: Any) -> Any:
 def _plain_copy(x: Any) -> Any:
     """The same with buffers of its own for s and t."""
     if isinstance(x, Correction):
-        return dataclasses.replace(x, t=torch.full_like(x.t, torch.nan), s=torch.full_like(x.s, torch.nan))
+        t, s = (None if k is None else torch.full_like(k, torch.nan) for k in (x.t, x.s))
+        return dataclasses.replace(x, t=t, s=s)
     return x
 
 
@@ -137,9 +138,14 @@ def shrink_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Ca
         device, ((3, 40, 1, 2, 0), (7, 72, 3, 1, 3)), ((77, 3584, 1, 2, 0), (2309, 896, 3, 2, 5), (64, 18944, 1, 8, 2))
     ):
         x, c = randn(T, K), correction(randn, T, K, 16, segments, r, adapters)
-        plain, exact = _plain_copy(c), _wide(c)
-        z = shrink.shrink_triton(x, c), shrink.shrink_ref(x, plain), shrink.shrink_ref(x.double(), exact)
-        cases.append((f"{T} x {K}, {segments} segments of {r}", (z[0], c.t.clone()), (z[1], plain.t), (z[2], exact.t)))  # type: ignore[arg-type]
+
+        def run(op: Callable[..., Tensor], x: Tensor, c: Correction) -> Outputs:
+            z = op(x, c)
+            assert c.t is not None
+            return z, c.t
+
+        ours, plain = run(shrink.shrink_triton, x, c), run(shrink.shrink_ref, x, _plain_copy(c))
+        cases.append((f"{T} x {K}, {segments} segments of {r}", ours, plain, run(shrink.shrink_ref, x.double(), _wide(c))))
     return cases
 
 
@@ -149,16 +155,20 @@ def add_norm_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[
     for T, K, adapters in sizes(device, ((5, 40, 0), (3, 72, 2)), ((77, 896, 3), (2051, 3584, 0), (2048, 4096, 5))):
         inner, outer = (correction(randn, T, K, K, n, 2, adapters) for n in (1, 3))
         x, y, z, w = randn(T, K), randn(T, K + 16), randn(T, 2), randn(K)
-        for label, given in (("", (y, z, inner, outer)), (" first", (None, None, None, outer)), (" last", (y, None, None, None))):
+        for label, given in (
+            ("", (y, z, inner, outer)),
+            (" first", (None, None, None, outer)),
+            (" last", (y, None, None, None)),
+        ):
             y_, z_, i, o = given
-            arguments = (x, y_, z_, w, 1e-6, i, o)
-            case = (f"forward{label} {T} x {K}", add_norm.add_norm_triton, add_norm.add_norm_plain, arguments)
-            cases.append(_padded_case(*case, K, o, "t", 1.0, 1))
+            ops = (add_norm.add_norm_triton, add_norm.add_norm_plain)
+            forward = (x, y_, z_, w, 1e-6, i, o)
+            cases.append(_padded_case(f"forward{label} {T} x {K}", *ops, forward, K, o, "t", 1.0, 1))
         rstd = (x.float().square().mean(1, keepdim=True) + 1e-6).rsqrt()
         for label, dx, i in (("", randn(T, K + 16), inner), (" last", None, None)):
-            arguments = (dx, randn(T, K + 16), x, rstd, w, i)
-            ops = (add_norm.add_norm_backward_triton, add_norm.add_norm_backward_plain)
-            cases.append(_padded_case(f"backward{label} {T} x {K}", *ops, arguments, K, i, "s", 0.0))
+            backward = (dx, randn(T, K + 16), x, rstd, w, i)
+            back = (add_norm.add_norm_backward_triton, add_norm.add_norm_backward_plain)
+            cases.append(_padded_case(f"backward{label} {T} x {K}", *back, backward, K, i, "s", 0.0))
     return cases
 
 
@@ -169,10 +179,12 @@ def swiglu_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Ca
         x, dh = randn(T, 2 * F + 16), randn(T, F + 16)
         inner, outer = correction(randn, T, F, 2 * F, 2, 2, adapters), correction(randn, T, F, 24, 1, 2, adapters)
         for label, i, o in (("", inner, outer), (" off", None, None)):
-            forward = (f"forward{label} {T} x {F}", swiglu.swiglu_triton, swiglu.swiglu_plain, (x, F, o))
-            backward = (f"backward{label} {T} x {F}", swiglu.swiglu_backward_triton, swiglu.swiglu_backward_plain, (dh, x, F, i))
-            cases.append(_padded_case(*forward, F, o, "t", 1.0))
-            cases.append(_padded_case(*backward, 2 * F, i, "s", 0.0))
+            ops, back = (
+                (swiglu.swiglu_triton, swiglu.swiglu_plain),
+                (swiglu.swiglu_backward_triton, swiglu.swiglu_backward_plain),
+            )
+            cases.append(_padded_case(f"forward{label} {T} x {F}", *ops, (x, F, o), F, o, "t", 1.0))
+            cases.append(_padded_case(f"backward{label} {T} x {F}", *back, (dh, x, F, i), 2 * F, i, "s", 0.0))
     return cases
 
 
@@ -182,15 +194,15 @@ def rope_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case
     shapes = sizes(device, ((5, 3, 1, 8, 0), (3, 8, 4, 12, 2)), ((77, 14, 2, 64, 3), (1031, 28, 4, 128, 0)))
     for T, heads, kv_heads, D, adapters in shapes:
         cos, sin = rope.rope_tables(torch.arange(T, device=device) * 3, randn(D // 2).float().exp(), dtype)
-        for label, norms in (("", (None, None)), (" q/k norm", (randn(D), randn(D)))):
-            h = rope.Heads(heads, kv_heads, D, *norms, 1e-6)
+        for label, q_norm, k_norm in (("", None, None), (" q/k norm", randn(D), randn(D))):
+            h = rope.Heads(heads, kv_heads, D, q_norm, k_norm, 1e-6)
             qkv, c = randn(T, h.width + 16), correction(randn, T, 24, h.width, 3, 2, adapters)
             arguments = (qkv, cos, sin, h)
             rows = rope.rope_triton(*arguments), rope.rope_plain(*arguments), rope.rope_plain(*map(_wide, arguments))
             cases.append((f"forward{label} {heads}+{kv_heads} x {D}", *rows))
             # (heads, T, D) transposed: how attention hands its gradients over
             grads = [randn(n, T, D).transpose(0, 1) for n in (heads, kv_heads, kv_heads)]
-            backward = (*grads, qkv if norms[0] is not None else None, cos, sin, h, c)
+            backward = (*grads, None if q_norm is None else qkv, cos, sin, h, c)
             ops = (rope.rope_backward_triton, rope.rope_backward_plain)
             cases.append(_padded_case(f"backward{label} {heads}+{kv_heads} x {D}", *ops, backward, h.width, c, "s", 0.0))
     return cases
@@ -205,19 +217,20 @@ def fused_linear_check(device: torch.device, dtype: torch.dtype, seed: int) -> l
         ((7, 896, 896, 2, 0), (200, 1152, 896, 6, 1), (77, 3584, 18944, 2, 0), (2051, 4608, 3584, 8, 1)),
     )
 
-    def fused(x: Tensor, *rest: Tensor | None) -> Tensor:
-        y = x.new_empty(len(x), len(rest[1]) + 16)[:, : len(rest[1])]  # type: ignore[arg-type]
-        fused_linear(x, *rest, y)  # type: ignore[arg-type]
+    def fused(x: Tensor, z: Tensor | None, weight: Tensor, Bt: Tensor | None, bias: Tensor | None) -> Tensor:
+        y = x.new_empty(len(x), len(weight) + 16)[:, : len(weight)]
+        fused_linear(x, z, weight, Bt, bias, y)
         return y
 
     for T, N, K, R, has_bias in shapes:
         x, weight = randn(T, K + 64)[:, :K], randn(N, K + 64)[:, :K] / K**0.5
-        update = (randn(T, K + 16)[:, K : K + R] if R <= 16 else None, weight, randn(R, N), randn(N) if has_bias else None)
+        update = (randn(T, K + 16)[:, K : K + R], weight, randn(R, N), randn(N) if has_bias else None)
         transposed = (randn(T, R), weight.T, randn(R, K), None)
         plain = (None, weight, None, None)
         for label, first, rest in (("", x, update), (" W^T", randn(T, N), transposed), (" bare", x, plain)):
             exact = fused_linear_ref(*map(_wide, (first, *rest)))
             cases.append((f"{T} x {N} x {K}{label}", fused(first, *rest), fused_linear_ref(first, *rest), exact))
+    return cases
 
 
 def sampling_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
@@ -255,9 +268,7 @@ def token_logprobs_check(device: torch.device, dtype: torch.dtype, seed: int) ->
         exact = run(token_logprobs_ref, hidden.double(), head.double(), dlogp)
         ours, plain = (run(op, hidden, head, dlogp) for op in (token_logprobs_triton, token_logprobs_ref))
         cases.append((f"{rows} x {width} x {vocab}", ours, plain, exact))
-
-
-return cases
+    return cases
 
 
 # The check of each op, under the name that the op gives `runs_triton`.

@@ -13,7 +13,7 @@ from tinylora.kernels import dispatch
 from tinylora.kernels.correction import Correction, add_shrunk, arguments, mix, row_config, store_mixed
 from tinylora.kernels.launch import launch
 
-BUDGET = {"_shrink": (128, 4096)}  # kernel: registers a thread, bytes of shared memory
+BUDGET = {"_shrink": (64, 8192)}  # kernel: registers a thread, bytes of shared memory
 
 
 def shrink_ref(x: Tensor, c: Correction) -> Tensor:

@@ -24,7 +24,7 @@ from tinylora.kernels.correction import (
 )
 from tinylora.kernels.launch import launch
 
-BUDGET = {"_forward": (168, 8192), "_backward": (168, 8192)}  # kernel: registers a thread, bytes of shared memory
+BUDGET = {"_forward": (64, 8192), "_backward": (80, 8192)}  # kernel: registers a thread, bytes of shared memory
 
 
 def swiglu_ref(x: Tensor) -> Tensor:
