@@ -1,0 +1,219 @@
+"""The plain versions of the row ops and of the frozen map, against autograd through the formulas; the kernels' launches."""
+
+import pytest
+import torch
+
+from tinylora.kernels import add_norm, rope, shrink, swiglu
+from tinylora.kernels.correction import Correction, mix, padded_width, row_config, row_stride
+from tinylora.kernels.frozen_linear import FrozenLinear
+from tinylora.kernels.fused_linear import config as linear_config
+from tinylora.kernels.linear import linear, linear_ref
+from tinylora.kernels.rms_norm import rms_norm_ref
+
+T = 24  # a multiple of 8, as every plain op gets it
+
+
+def draw(seed: int):
+    g = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
+def correction(randn, width: int, out: int, segments: int, adapters: int = 1) -> Correction:
+    """Two numbers a segment, padded to R = 8 as on a CPU."""
+    pad = torch.nn.functional.pad
+    A, Bt = (pad(randn(2 * segments, n) / n**0.5, (0, 0, 0, 8 - 2 * segments)) for n in (width, out))
+    M = pad(randn(adapters, segments, 2, 2), (0, 0, 0, 0, 0, 4 - segments))
+    rows = torch.arange(T) % adapters if adapters > 1 else None
+    return Correction(A, Bt, M, rows, torch.full((T, 8), torch.nan).double(), torch.full((T, 8), torch.nan).double())
+
+
+def cast(x, dtype):
+    if isinstance(x, Correction):
+        t, s = x.t.to(dtype), x.s.to(dtype)
+        return Correction(x.A.to(dtype), x.Bt.to(dtype), x.M.to(dtype), x.row_adapter, t.clone(), s.clone())
+    if isinstance(x, rope.Heads) and x.q_norm is not None:
+        return rope.Heads(x.heads, x.kv_heads, x.head_dim, x.q_norm.to(dtype), x.k_norm.to(dtype), x.eps)
+    return x.to(dtype) if isinstance(x, torch.Tensor) else x
+
+
+def z_of(x, c, transposed=False):
+    """t and z by the formula, row by row: [A x] and M of the row's adapter times it."""
+    t = x @ (c.Bt if transposed else c.A).T
+    zs = []
+    for i, row in enumerate(t):
+        blocks = c.M[0 if c.row_adapter is None else c.row_adapter[i]]
+        m = torch.block_diag(*(b.T if transposed else b for b in blocks))
+        zs.append(m @ row)
+    return t, torch.stack(zs)
+
+
+def add_norm_case(randn, adapters):
+    inner, outer = correction(randn, 40, 40, 1, adapters), correction(randn, 40, 64, 3, adapters)
+    inputs = (randn(T, 40), randn(T, 40), randn(T, 8), randn(40), inner, outer, randn(T, 40), randn(T, 40))
+
+    def ours(x, y, z, w, inner, outer, dnew, dh):
+        new, h, rstd = add_norm.add_norm_plain(x, y, z, w, 1e-6, inner, outer)
+        dx = add_norm.add_norm_backward_plain(dnew, dh, new, rstd, w, inner)
+        return new, h[:, :40], h[:, 40:48], outer.t, dx[:, :40], dx[:, 40:48], inner.s
+
+    def ref(x, y, z, w, inner, outer, dnew, dh):
+        new = (x + y + z @ inner.Bt).requires_grad_()
+        h = rms_norm_ref(new, w, 1e-6)
+        t, z_ = z_of(h, outer)
+        (dx,) = torch.autograd.grad((h * dh).sum() + (new * dnew).sum(), new)
+        s, sM = z_of(dx, inner, transposed=True)
+        return new, h, z_, t, dx, sM, s
+
+    return inputs, ours, ref
+
+
+def swiglu_case(randn, adapters):
+    inner, outer = correction(randn, 40, 48, 2, adapters), correction(randn, 24, 40, 1, adapters)
+    inputs = (randn(T, 48), randn(T, 24), inner, outer)
+
+    def ours(x, dh, inner, outer):
+        h, dx = swiglu.swiglu_plain(x, 24, outer), swiglu.swiglu_backward_plain(dh, x, 24, inner)
+        return h[:, :24], h[:, 24:32], outer.t, dx[:, :48], dx[:, 48:56], inner.s
+
+    def ref(x, dh, inner, outer):
+        x = x.detach().requires_grad_()
+        h = swiglu.swiglu_ref(x)
+        t, z = z_of(h, outer)
+        (dx,) = torch.autograd.grad(h, x, dh)
+        s, sM = z_of(dx, inner, transposed=True)
+        return h, z, t, dx, sM, s
+
+    return inputs, ours, ref
+
+
+def rope_case(norm):
+    def case(randn, adapters):
+        heads = rope.Heads(3, 1, 8, *((randn(8), randn(8)) if norm else (None, None)), 1e-6)
+        inner = correction(randn, 40, heads.width, 3, adapters)
+        cos, sin = rope.rope_tables(torch.arange(T), randn(4).exp(), torch.float64)
+        inputs = (randn(T, heads.width), cos, sin, heads, inner, *(randn(T, n, 8) for n in (3, 1, 1)))
+
+        def ours(qkv, cos, sin, h, inner, *grads):
+            d = rope.rope_backward_plain(*grads, qkv, cos, sin, h, inner)
+            return *rope.rope_plain(qkv, cos, sin, h), d[:, : h.width], d[:, h.width : h.width + 8], inner.s
+
+        def ref(qkv, cos, sin, h, inner, *grads):
+            qkv = qkv.detach().requires_grad_()
+            out = rope.rope_ref(qkv, cos, sin, h)
+            (d,) = torch.autograd.grad(out, qkv, grads)
+            s, sM = z_of(d, inner, transposed=True)
+            return *out, d, sM, s
+
+        return inputs, ours, ref
+
+    return case
+
+
+def shrink_case(randn, adapters):
+    inputs = (randn(T, 40), correction(randn, 40, 16, 3, adapters))
+    return inputs, lambda x, c: (shrink.shrink_ref(x, c), c.t), lambda x, c: z_of(x, c)[::-1]
+
+
+CASES = {
+    "add_norm": add_norm_case,
+    "swiglu": swiglu_case,
+    "rope": rope_case(False),
+    "rope, q/k norm": rope_case(True),
+    "shrink": shrink_case,
+}
+
+
+@pytest.mark.parametrize("adapters", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_row_op(name, adapters):
+    """fp64: equal to the formula. fp32: root-mean-square error over 8 draws at most 2x that of the formula in fp32."""
+    inputs, ours, ref = CASES[name](draw(0), adapters)
+    for a, b in zip(ours(*inputs), ref(*inputs), strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-11, atol=1e-11)
+    errors = torch.zeros(2, len(ours(*inputs)))
+    for seed in range(8):
+        inputs, ours, ref = CASES[name](draw(seed), adapters)
+        exact = ref(*inputs)
+        for row, f in enumerate((ours, ref)):
+            for i, (a, b) in enumerate(zip(f(*(cast(x, torch.float32) for x in inputs)), exact, strict=True)):
+                assert a.dtype == torch.float32
+                errors[row, i] += (a.double() - b).square().mean().item() / b.square().mean().item()
+    assert (errors[0].sqrt() <= 2 * errors[1].sqrt()).all(), errors.sqrt()
+
+
+@pytest.mark.parametrize("backend", ["reference", "addmm", "padded"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("r", [2, 8])
+def test_linear(backend, bias, r, monkeypatch):
+    """y from [x | z] and dx from [dy | sM], over plain weights and over one padded buffer, which also grows for rank 24."""
+    monkeypatch.setenv("TINYLORA_BACKEND", backend)
+    randn, sizes = draw(1), [24, 8, 8]
+    group = FrozenLinear.empty(40, 56, bias, torch.float64, torch.device("cpu"))
+    assert (group.buffer is not None) == (backend == "padded")
+    group.weight.copy_(randn(40, 56))
+    if bias:
+        group.bias.copy_(randn(40))
+    group.pack([(randn(r, 56), randn(n, r)) for n in sizes], sizes)
+    R = len(group.A)
+    c = Correction(group.A, group.Bt, randn(1, R // r, r, r))
+    x = torch.full((T, row_stride(56, R)), torch.nan).double()[:, : padded_width(56, R)]
+    x[:, :56], x[:, 56 : 56 + R] = randn(T, 56), randn(T, R)
+    if backend == "padded":  # the whole pad is multiplied
+        x[:, 56 + R], x[:, 57 + R :] = 1, 0
+    x.requires_grad_()
+    y = linear(x, group, c)
+    want = group.weight @ x[:, :56].T + group.Bt.T @ x[:, 56 : 56 + R].T
+    want = want.T + (group.bias if bias else 0)
+    torch.testing.assert_close(y[:, :40].detach(), want.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(linear_ref(x, group), want, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(linear(x, group, c), y[:, :40])
+    dy = torch.zeros(T, y.shape[1]).double()
+    dy[:, :40], dy[:, 40 : 40 + R] = randn(T, 40), randn(T, R)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    torch.testing.assert_close(dx[:, :56], dy[:, :40] @ group.weight + dy[:, 40 : 40 + R] @ group.A, rtol=1e-12, atol=1e-12)
+    dense = randn(T, 56).requires_grad_()  # rows without a pad, and a linear whose adapter is off
+    torch.testing.assert_close(linear(dense, group, c)[:, :40], linear(dense, group, None))
+    (dx,) = torch.autograd.grad(linear(dense, group, None), dense, dy[:, :40].contiguous())
+    torch.testing.assert_close(dx, dy[:, :40] @ group.weight)
+
+
+def test_repacking_leaves_nothing_of_the_adapter_before(monkeypatch):
+    """Rank 8 in three segments, then rank 1 in one: the buffer's products are the second adapter's."""
+    monkeypatch.setenv("TINYLORA_BACKEND", "padded")
+    randn = draw(2)
+    group = FrozenLinear.empty(40, 56, True, torch.float64, torch.device("cpu"))
+    group.weight.copy_(randn(40, 56))
+    group.bias.copy_(randn(40))
+    group.pack([(randn(8, 56), randn(n, 8)) for n in (24, 8, 8)], [24, 8, 8])
+    group.pack([(randn(1, 56), randn(40, 1))], [40])
+    fresh = FrozenLinear.empty(40, 56, True, torch.float64, torch.device("cpu"))
+    fresh.weight.copy_(group.weight)
+    fresh.bias.copy_(group.bias)
+    fresh.pack([(group.A[:1], group.Bt[:1].T)], [40])
+    height, width = min(len(fresh.buffer), len(group.buffer)), min(fresh.buffer.shape[1], group.buffer.shape[1])
+    assert torch.equal(group.buffer[:height, :width], fresh.buffer[:height, :width])
+    assert not group.buffer[height:].any() and not group.buffer[:, width:].any()
+
+
+def test_mix_rounds_once_and_per_segment():
+    t = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    M = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]], [[0.0, 1.0], [1.0, 0.0]]]])
+    assert mix(t, M, None).tolist() == mix(t, M, torch.tensor([0])).tolist() == [[5.0, 11.0, 4.0, 3.0]]
+    assert mix(t.bfloat16(), M, None).dtype == torch.bfloat16
+
+
+def test_launches_are_functions_of_shapes():
+    assert [padded_width(k, r) for k, r in ((3584, 2), (3584, 15), (3584, 16), (896, 24))] == [3600, 3600, 3616, 928]
+    assert [row_stride(k, r) for k, r in ((3584, 2), (896, 24), (896, 64))] == [3648, 960, 1024]
+    for k in (896, 3584, 4864, 18944):  # whole cache lines, and what Triton and TMA need
+        assert padded_width(k, 6) % 16 == 0 and row_stride(k, 6) % 64 == 0 and row_stride(k, 6) >= padded_width(k, 6)
+    assert row_config(64, 3584) == {"ROWS": 1, "BLOCK": 2048, "num_warps": 8}
+    assert row_config(16384, 18944) == {"ROWS": 4, "BLOCK": 512, "num_warps": 8}
+    assert row_config(1, 40) == {"ROWS": 1, "BLOCK": 64, "num_warps": 4}
+    tile = {"BLOCK_T": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+    assert linear_config(16384, 90, True, False) == tile
+    assert linear_config(16384, 100, True, False) == {**tile, "BLOCK_N": 128, "num_stages": 4}
+    assert linear_config(16384, 80, False, False) == {**tile, "BLOCK_N": 128}
+    assert linear_config(5, 80, False, False)["BLOCK_T"] == 16
+    assert linear_config(16384, 90, False, True)["BLOCK_T"] == 32, "fp32 goes without tensor cores"
