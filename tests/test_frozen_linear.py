@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinylora.kernels.correction import mix
 from tinylora.kernels.frozen_linear import FrozenLinear, frozen_linear, frozen_linear_ref, padded_segments
 
 
@@ -120,11 +119,6 @@ def test_saves_t_and_not_x():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         group(x.requires_grad_(), M.requires_grad_())
     assert [tuple(t.shape) for t in kept if t.data_ptr() not in constants] == [(32, 8)]
-
-
-def test_mix_is_exact_per_segment():
-    t, M = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[[[1.0, 2.0], [3.0, 4.0]], [[0.0, 1.0], [1.0, 0.0]]]])
-    assert mix(t, M, None).tolist() == [[5.0, 11.0, 4.0, 3.0]]
 
 
 def test_m_without_factors_is_an_error():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tinylora.kernels import add_norm, rope, shrink, swiglu
-from tinylora.kernels.correction import Correction, mix, padded_width, row_config, row_stride
+from tinylora.kernels.correction import Correction, padded_width, row_config, row_stride
 from tinylora.kernels.frozen_linear import FrozenLinear
 from tinylora.kernels.fused_linear import config as linear_config
 from tinylora.kernels.linear import linear, linear_ref
@@ -199,8 +199,11 @@ def test_repacking_leaves_nothing_of_the_adapter_before(monkeypatch):
 def test_mix_rounds_once_and_per_segment():
     t = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     M = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]], [[0.0, 1.0], [1.0, 0.0]]]])
-    assert mix(t, M, None).tolist() == mix(t, M, torch.tensor([0])).tolist() == [[5.0, 11.0, 4.0, 3.0]]
-    assert mix(t.bfloat16(), M, None).dtype == torch.bfloat16
+    for rows in (None, torch.tensor([0])):
+        c, out = Correction(t, t, M, rows), torch.full((1, 6), torch.nan)
+        assert c.mix(t).tolist() == c.mix(t, out=out[:, 1:5]).tolist() == out[:, 1:5].tolist() == [[5.0, 11.0, 4.0, 3.0]]
+        assert c.mix(t, transposed=True).tolist() == [[7.0, 10.0, 4.0, 3.0]]
+        assert c.mix(t.bfloat16(), out=torch.empty(1, 4).bfloat16()).dtype == torch.bfloat16
 
 
 def test_launches_are_functions_of_shapes():

@@ -12,6 +12,7 @@ gives up wide stores and asynchronous copies.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,6 +39,34 @@ class Correction:
     def rank(self) -> int:
         return self.A.shape[0]
 
+    @cached_property
+    def dense(self) -> Tensor:  # (R, R)
+        """The one adapter's M as a block-diagonal matrix, for plain products."""
+        segments, r = self.M.shape[1:3]
+        dense = self.M.new_zeros(segments, r, segments, r)
+        dense.diagonal(dim1=0, dim2=2).copy_(self.M.detach()[0].permute(1, 2, 0))
+        return dense.view(segments * r, -1)
+
+    def mix(self, t: Tensor, transposed: bool = False, out: Tensor | None = None) -> Tensor:
+        """z = M t, or M^T t, for t (T, R), in M's precision, rounded to t's; into `out` where that is given.
+
+        One adapter is one small product; several are r rank-1 steps, each row with its own M.
+        """
+        if self.row_adapter is None:
+            m = self.dense if transposed else self.dense.T
+            if t.dtype == m.dtype and out is not None:
+                return torch.mm(t, m, out=out)
+            z = torch.mm(t.to(m.dtype), m).to(t.dtype)
+        else:
+            M = self.M.detach()[self.row_adapter]  # (T, segments, r, r)
+            M = M.transpose(-1, -2) if transposed else M
+            t_ = t.to(M.dtype).unflatten(1, M.shape[1:3])  # (T, segments, r)
+            z = M[..., 0] * t_[..., :1]
+            for j in range(1, M.shape[-1]):
+                z = z + M[..., j] * t_[..., j : j + 1]
+            z = z.flatten(1).to(t.dtype)
+        return z if out is None else out.copy_(z)
+
 
 def padded_width(width: int, rank: int) -> int:
     """Columns of a padded row that a product contracts."""
@@ -57,31 +86,13 @@ def padded(rows: int, width: int, correction: Correction | None, like: Tensor) -
     return like.new_empty(rows, row_stride(width, rank))[:, : padded_width(width, rank)]
 
 
-def mix(t: Tensor, M: Tensor, row_adapter: Tensor | None) -> Tensor:
-    """z[s] = M[s] t[s] for t (T, R) and M (adapters, segments, r, r), in M's precision, rounded to t's.
-
-    One adapter is one small product with the block-diagonal M; several are r rank-1 steps, each row with its own M.
-    """
-    segments, r = M.shape[1:3]
-    if row_adapter is None:
-        dense = M.new_zeros(segments, r, segments, r)
-        dense.diagonal(dim1=0, dim2=2).copy_(M[0].permute(1, 2, 0))
-        return torch.mm(t.to(M.dtype), dense.view(segments * r, -1).T).to(t.dtype)
-    m = M[row_adapter]  # (T, segments, r, r)
-    t_ = t.to(M.dtype).unflatten(1, (segments, r))  # (T, segments, r)
-    z = m[..., 0] * t_[..., :1]
-    for j in range(1, M.shape[-1]):
-        z = z + m[..., j] * t_[..., j : j + 1]
-    return z.flatten(1).to(t.dtype)
-
-
 def write_z(x: Tensor, width: int, c: Correction | None) -> None:
     """The plain version of what a row kernel does in the forward: t and z of x[:, :width], into c.t and x's pad."""
     if c is not None:
         t = F.linear(x[:, :width], c.A)  # (T, R)
         if c.t is not None:
             c.t.copy_(t)
-        _write(x, width, mix(t, c.M, c.row_adapter), 1.0)
+        _write(x, width, c, t, False)
 
 
 def write_sM(dy: Tensor, width: int, c: Correction | None) -> None:
@@ -90,15 +101,16 @@ def write_sM(dy: Tensor, width: int, c: Correction | None) -> None:
         s = F.linear(dy[:, :width], c.Bt)  # (T, R)
         if c.s is not None:
             c.s.copy_(s)
-        _write(dy, width, mix(s, c.M.transpose(-1, -2), c.row_adapter), 0.0)
+        _write(dy, width, c, s, True)
 
 
-def _write(x: Tensor, width: int, z: Tensor, one: float) -> None:
-    end = width + z.shape[1]
-    x[:, width:end] = z
+def _write(x: Tensor, width: int, c: Correction, t: Tensor, transposed: bool) -> None:
+    end = width + c.rank
+    c.mix(t, transposed, out=x[:, width:end])
     if dispatch.backend(x.device.type) in ("padded", "triton", "cuda"):  # a product over the whole pad will follow
-        x[:, end] = one
-        x[:, end + 1 :] = 0
+        x[:, end:] = 0
+        if not transposed:
+            x[:, end] = 1
 
 
 # ---- for the Triton row kernels ----------------------------------------------------------------------------------------

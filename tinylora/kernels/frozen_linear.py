@@ -165,9 +165,14 @@ class _FrozenLinear(torch.autograd.Function):
         return dx, dM, None, None, None, None, None
 
 
+def padded_rows(rows: int, device: torch.device) -> int:
+    """`rows`, rounded up to a multiple of NARROW on a CPU."""
+    return rows + -rows % NARROW if device.type == "cpu" else rows
+
+
 def pad_rows(x: Tensor) -> Tensor:
-    """x (T, ...) with zero rows appended on a CPU up to a multiple of NARROW; x itself where nothing is to do."""
-    missing = -len(x) % NARROW if x.device.type == "cpu" else 0
+    """x (T, ...) with zero rows appended up to `padded_rows`; x itself where nothing is to do."""
+    missing = padded_rows(len(x), x.device) - len(x)
     return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
 
 

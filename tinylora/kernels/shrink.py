@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tinylora.kernels import dispatch
-from tinylora.kernels.correction import Correction, add_shrunk, arguments, mix, row_config, store_mixed
+from tinylora.kernels.correction import Correction, add_shrunk, arguments, row_config, store_mixed
 from tinylora.kernels.launch import launch
 
 BUDGET = {"_shrink": (64, 8192)}  # kernel: registers a thread, bytes of shared memory
@@ -21,7 +21,7 @@ def shrink_ref(x: Tensor, c: Correction) -> Tensor:
     t = F.linear(x, c.A)  # (T, R)
     if c.t is not None:
         c.t.copy_(t)
-    return mix(t, c.M, c.row_adapter)
+    return c.mix(t)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -15,7 +15,7 @@ from torch import Tensor
 from tinylora.kernels.add_norm import add_norm
 from tinylora.kernels.attention import decode_attention, packed_attention, suffix_attention
 from tinylora.kernels.correction import Correction
-from tinylora.kernels.frozen_linear import NARROW, FrozenLinear, pad_rows
+from tinylora.kernels.frozen_linear import NARROW, FrozenLinear, pad_rows, padded_rows
 from tinylora.kernels.linear import linear
 from tinylora.kernels.reduce_dm import reduce_dm
 from tinylora.kernels.rope import Heads, rope, rope_tables
@@ -137,21 +137,21 @@ class Decoder:
 
     # ---- forward --------------------------------------------------------------------------------------------------------
 
-    def _corrections(
+    def corrections(
         self,
-        rows: int,
         matrices: Matrices | None,
-        row_adapter: Tensor | None,  # (rows,)
-        lengths: Sequence[int],
+        row_adapter: Tensor | None = None,  # (T,) int64
+        lengths: Sequence[int] = (),  # of the packed sequences, each with one adapter; wanted for gradients alone
     ) -> list[Correction | None]:
         """A correction for each fused linear, or None; with room for s and t where a gradient will want them."""
         groups = [group for layer in self.layers for group in layer.groups]
+        row_adapter = None if row_adapter is None else pad_rows(row_adapter)
         if matrices is None:
             return [None] * len(groups)
         used = [m for m in matrices if m is not None]
         s = t = None
         if torch.is_grad_enabled() and any(m.requires_grad for m in used):
-            columns = sum(m.shape[1] * m.shape[2] for m in used)
+            columns, rows = sum(m.shape[1] * m.shape[2] for m in used), padded_rows(sum(lengths), self.device)
             # zeros: below the lowest layer that needs a gradient nobody writes s, and M gets none
             s, t = (used[0].new_zeros(rows, columns) for _ in range(2))
             sequence_adapter = None
@@ -177,16 +177,12 @@ class Decoder:
         self,
         tokens: Tensor,  # (T,) int64
         positions: Tensor,  # (T,) int64
-        lengths: Sequence[int],  # tokens of each sequence; they sum to T
         attend: Attend,
-        matrices: Matrices | None = None,
-        row_adapter: Tensor | None = None,  # (T,) int64, the same within a sequence
+        corrections: Sequence[Correction | None],  # of each fused linear
     ) -> Tensor:  # (T, hidden), after the final norm
         c = self.config
         rows = len(tokens)
         tokens, positions = pad_rows(tokens), pad_rows(positions)
-        row_adapter = None if row_adapter is None else pad_rows(row_adapter)
-        corrections = self._corrections(len(tokens), matrices, row_adapter, lengths)
         cos, sin = rope_tables(positions, self.frequencies, self.dtype)  # (T, head_dim)
         x, y, below = self.embedding[tokens], None, None  # (T, hidden)
         for i, layer in enumerate(self.layers):
@@ -241,7 +237,7 @@ class Decoder:
             out = packed_attention(q[:split], k[:split], v[:split], slots * longest + places, whole, longest)
             return torch.cat([out, suffix_attention(q[split:], k, v, index, keys, bias)]) if prefixes else out
 
-        return self.forward(tokens, place + before[sequence], lengths, attend, matrices, row_adapter)
+        return self.forward(tokens, place + before[sequence], attend, self.corrections(matrices, row_adapter, lengths))
 
     def decode(
         self,
@@ -249,8 +245,7 @@ class Decoder:
         positions: Tensor,  # (slots,) int64: its position
         cache: KVCache,
         longest: int,  # more than every position: how far the cache is read
-        matrices: Matrices | None = None,
-        row_adapter: Tensor | None = None,  # (slots,)
+        corrections: Sequence[Correction | None],  # from `corrections`, good for as many steps as the slots stay
     ) -> Tensor:  # (slots, hidden)
         """One step for every slot of the cache: writes the token's keys and values, attends to all before it."""
         slots = torch.arange(len(tokens), device=tokens.device)
@@ -263,7 +258,7 @@ class Decoder:
             values[slots, :, positions] = v
             return decode_attention(q, keys[:, :, :longest], values[:, :, :longest], bias)
 
-        return self.forward(tokens, positions, [1] * len(tokens), attend, matrices, row_adapter)
+        return self.forward(tokens, positions, attend, corrections)
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, matrices: Matrices | None = None) -> Tensor:

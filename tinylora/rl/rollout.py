@@ -77,7 +77,7 @@ def _rollout(
     token_adapter = None
     if prompt_adapter is not None:
         token_adapter = prompt_adapter.repeat_interleave(torch.tensor(lengths, device=device))
-    cache = KVCache(model.config, len(prompts), max(lengths) + GROWTH, model.embedding)
+    cache = KVCache(model.config, len(prompts), max(lengths) + min(GROWTH, sampling.max_completion_length), model.embedding)
     hidden = model.packed(tokens, lengths, matrices, token_adapter, cache)
     hidden = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]  # (prompts, hidden)
 
@@ -87,6 +87,7 @@ def _rollout(
     prompt = row // generations
     hidden, position = hidden[prompt], torch.tensor(lengths, device=device)[prompt]
     adapter = None if prompt_adapter is None else prompt_adapter[prompt]
+    corrections = model.corrections(matrices, adapter)
     cache.select(prompt)
     eos = torch.tensor(sampling.eos_ids, device=device, dtype=torch.long)
     out_tokens = torch.zeros(total, sampling.max_completion_length, dtype=torch.long, device=device)
@@ -110,11 +111,13 @@ def _rollout(
         if len(going) <= 0.75 * len(row):
             keep = _filled(going)
             row, new, position = row[keep], new[keep], position[keep]
-            adapter = None if adapter is None else adapter[keep]
             cache.select(keep)
+            if adapter is not None:
+                adapter = adapter[keep]
+                corrections = model.corrections(matrices, adapter)
         longest = int(position.max()) + 1
         cache.reserve(longest, GROWTH)
-        hidden = model.decode(new, position, cache, longest, matrices, adapter)
+        hidden = model.decode(new, position, cache, longest, corrections)
         position = position + 1
 
     results = []
