@@ -60,9 +60,12 @@ def packed_attention_ref(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) ->
 
 def _softmax_scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
     """q (..., rows, D), k (..., length, D), bias (..., rows, length) -> probabilities (..., rows, length)."""
-    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)) + bias
-    wide = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
-    return scores.softmax(-1, dtype=wide).to(q.dtype)
+    return _softmax(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)) + bias)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    wide = torch.float32 if scores.dtype in (torch.bfloat16, torch.float16) else scores.dtype
+    return scores.softmax(-1, dtype=wide).to(scores.dtype)
 
 
 class _PlainAttention(torch.autograd.Function):
@@ -143,6 +146,7 @@ def decode_attention(
     q = q.unflatten(1, (keys.shape[1], share))  # (slots, Hkv, share, D)
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, keys, values, bias[:, None, None]).flatten(1, 2)
-    q = F.pad(q, (0, 0, 0, -share % NARROW))
-    p = _softmax_scores(q, keys, bias[:, None, None])  # (slots, Hkv, share, length)
-    return torch.matmul(p, values)[:, :, :share].flatten(1, 2)
+    pad = (0, 0, 0, -share % NARROW)  # for the two products alone
+    scores = torch.matmul(F.pad(q * q.shape[-1] ** -0.5, pad), keys.transpose(-1, -2))[:, :, :share]
+    p = _softmax(scores + bias[:, None, None])  # (slots, Hkv, share, length)
+    return torch.matmul(F.pad(p, pad), values)[:, :, :share].flatten(1, 2)

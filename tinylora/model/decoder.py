@@ -62,7 +62,13 @@ class KVCache:
 
     def select(self, slots: Tensor) -> None:
         """Keep these slots, in this order; the others are gone. A slot may be named more than once."""
-        self.keys, self.values = self.keys.index_select(1, slots), self.values.index_select(1, slots)
+        n = len(slots)
+        if n > self.keys.shape[1]:
+            self.keys, self.values = self.keys.index_select(1, slots), self.values.index_select(1, slots)
+            return
+        for cells in (*self.keys, *self.values):  # in place, layer by layer: fresh memory costs more than the copy
+            cells[:n] = cells.index_select(0, slots)
+        self.keys, self.values = self.keys[:, :n], self.values[:, :n]
 
     def reserve(self, positions: int, growth: int) -> None:
         """Make room for this many positions, and `growth` more where there was too little."""

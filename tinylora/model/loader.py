@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tinylora.errors import InputError
+from tinylora.kernels import dispatch
 from tinylora.kernels.frozen_linear import FrozenLinear
 from tinylora.model.config import ModelConfig
 from tinylora.model.decoder import GROUPS, Decoder, Layer, module_name
@@ -48,6 +49,7 @@ def load_model(path_or_id: str, device: str = "auto", dtype: str = "auto") -> De
         dtype = "float32" if device == "cpu" else config.dtype
     if dtype not in _DTYPES:
         raise InputError(f"--dtype {dtype}: choose one of auto, {', '.join(_DTYPES)}")
+    dispatch.prove(torch.device(device))  # kernels that are to run there have to be matched against their references first
     return build_decoder(config, _Checkpoint(directory, torch.device(device), _DTYPES[dtype]), directory)
 
 
