@@ -6,7 +6,9 @@ The frozen linear with its correction at real models' shapes, forward and forwar
 is frozen, so the bare linear's backward is dy W alone), and RMSNorm, SwiGLU and the LM head's log-probs.
 
 bare              F.linear(x, W): no adapter at all
-ours, BACKEND     tinylora.kernels.frozen_linear, one M for all rows
+ours, BACKEND     tinylora.kernels.frozen_linear, whole in itself: x in, y out
+engine, BACKEND   tinylora.kernels.linear, as the decoder runs it: x and dy come with z and sM beside them, written by the row
+                  ops that produce them, whose rows below ("with z") carry that cost
 eager             F.linear(x, W) + ((x A^T) M^T) B^T by autograd, and the same compiled
 PEFT              its TinyLoRA (r=2) and LoRA (r=8) layers around the fused weight, one adapter for all of its segments:
                   fewer calls than in a real model, where q, k and v are wrapped one by one
@@ -34,10 +36,11 @@ from torch import Tensor, nn
 
 from bench.measure import card, copy_rate, gemm_rate, in_turns, peak_extra_bytes, print_json, quantiles, write_json
 from tinylora.cli import table
-from tinylora.kernels import dispatch
-from tinylora.kernels.frozen_linear import FrozenLinear
-from tinylora.kernels.rms_norm import rms_norm, rms_norm_ref
-from tinylora.kernels.swiglu import swiglu, swiglu_ref
+from tinylora.kernels import add_norm, dispatch, swiglu
+from tinylora.kernels.correction import Correction, padded, write_sM, write_z
+from tinylora.kernels.frozen_linear import FrozenLinear, padded_segments
+from tinylora.kernels.linear import linear, linear_backward
+from tinylora.kernels.rms_norm import rms_norm_ref
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model.config import ModelConfig
 from tinylora.model.decoder import GROUPS
@@ -117,7 +120,7 @@ def linear_case(model: str, group: int, rows: int, device: str, dtype: torch.dty
         weight = torch.randn(n, k, device=device, dtype=dtype) / k**0.5
         factors = [(torch.randn(R, k) / k**0.5, torch.randn(s, R)) for s in sizes]
         inputs.append((x, dy))
-        for name, contender in _linears(weight, factors, sizes, compiled_function).items():
+        for name, contender in _linears(x, dy, weight, factors, sizes, compiled_function).items():
             contenders.setdefault(name, []).append(contender)
     return Case(
         f"{model} {NAMES[group]} {k}->{n}, T {rows}",
@@ -125,7 +128,7 @@ def linear_case(model: str, group: int, rows: int, device: str, dtype: torch.dty
         contenders,
         flop=(2 * rows * (n * k + rank * (n + k)), 4 * rows * (n * k + rank * (n + k))),
         bytes=(forward_bytes, 2 * forward_bytes),
-        agree=tuple(name for name in contenders if name.startswith(("eager", "ours", "compiled"))),
+        agree=tuple(name for name in contenders if name.startswith(("eager", "ours", "engine", "compiled"))),
     )
 
 
@@ -134,19 +137,27 @@ def _low_rank(x: Tensor, weight: Tensor, A: Tensor, Bt: Tensor, M: Tensor) -> Te
 
 
 def _linears(
-    weight: Tensor, factors: list[tuple[Tensor, Tensor]], sizes: list[int], compiled: Callable[..., Tensor] | None
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    factors: list[tuple[Tensor, Tensor]],
+    sizes: list[int],
+    compiled: Callable[..., Tensor] | None,
 ) -> dict[str, Contender]:
     segments, device, dtype = len(factors), weight.device, weight.dtype
     blocks = torch.randn(segments, R, R)
     contenders = {"bare": Contender(lambda x: F.linear(x, weight), backward=lambda dy: dy @ weight)}
     for name in _backends(device.type):
         with _backend(name):
-            group = FrozenLinear(weight)
+            group = FrozenLinear.empty(*weight.shape, False, dtype, device)
+            group.weight.copy_(weight)
             group.pack(factors, sizes)
         assert group.A is not None
         M = torch.zeros(1, len(group.A) // R, R, R, device=device)
         M[0, :segments] = blocks.to(device)
-        contenders[f"ours, {name}"] = Contender(_under(name, group, M.requires_grad_()), [M])
+        if name != "padded":  # which is for rows that carry z alone
+            contenders[f"ours, {name}"] = Contender(_under(name, group, M.requires_grad_()), [M])
+        contenders[f"engine, {name}"] = _engine(name, group, M.detach(), x, dy)
     A = torch.cat([a for a, _ in factors]).to(device, dtype)  # (R segments, K)
     Bt = torch.block_diag(*(b.T for _, b in factors)).to(device, dtype)  # (R segments, N)
     dense = torch.block_diag(*blocks).to(device, dtype).requires_grad_()
@@ -159,14 +170,31 @@ def _linears(
 
 
 def _backends(device: str) -> list[str]:
-    """The frozen linear's forms that may run here: those on Triton only where their kernels have proved themselves."""
-    if device != "cuda":
-        return ["addmm"]
-    found = ["addmm"]
-    for name, op in (("padded", "add_norm"), ("triton", "linear")):
+    """The frozen linear's forms that may run here: the fused kernel only where it has proved itself."""
+    with _backend("triton"):
+        proven = device == "cuda" and dispatch.runs_triton("fused_linear", torch.zeros(1, device=device, dtype=torch.bfloat16))
+    return ["addmm", "padded", *(["triton"] if proven else [])]
+
+
+def _engine(name: str, group: FrozenLinear, M: Tensor, x: Tensor, dy: Tensor) -> Contender:
+    """The frozen map on copies of x and dy that carry z and sM already."""
+    assert group.A is not None and group.Bt is not None
+    (N, K), c = group.weight.shape, Correction(group.A, group.Bt, M)
+    with _backend(name), torch.no_grad():
+        x_, dy_ = padded(len(x), K, c, x), padded(len(dy), N, c, dy)
+        x_[:, :K], dy_[:, :N] = x, dy
+        write_z(x_, K, c)
+        write_sM(dy_, N, c)
+
+    def forward(_: Tensor) -> Tensor:
         with _backend(name):
-            found += [name] if dispatch.runs_triton(op, torch.zeros(1, device="cuda", dtype=torch.bfloat16)) else []
-    return found
+            return linear(x_, group, c)
+
+    def backward(_: Tensor) -> Tensor:
+        with _backend(name):
+            return linear_backward(dy_, group, dy_.new_empty(len(dy_), K))
+
+    return Contender(forward, backward=backward)
 
 
 @contextmanager
@@ -207,41 +235,68 @@ def _peft(weight: Tensor) -> dict[str, Contender]:
 
 
 def norm_case(model: str, rows: int, device: str, dtype: torch.dtype, sets: int) -> Case:
-    """RMSNorm of (rows, hidden)."""
+    """The norm of a sum of two (rows, hidden), and with the z of a qkv beside it."""
     width, eps = MODELS[model].hidden_size, 1e-6
-    weight = torch.randn(width, device=device, dtype=dtype)
+    weight, y = torch.randn(width, device=device, dtype=dtype), torch.randn(rows, width, device=device, dtype=dtype)
     functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "plain": lambda x: rms_norm_ref(x, weight, eps),
-        "ours": lambda x: rms_norm(x, weight, eps),
-        "F.rms_norm": lambda x: F.rms_norm(x, (width,), weight, eps),
+        "plain": lambda x: rms_norm_ref(x + y, weight, eps),
+        "ours": lambda x: add_norm.add_norm(x, y, None, weight, eps, None, None)[1],
+        "F.rms_norm": lambda x: F.rms_norm(x + y, (width,), weight, eps),
     }
     if liger := _liger(device):
-        functions["Liger"] = lambda x: liger.liger_rms_norm(x, weight, eps)
-    return _row_case(f"rms_norm {width}, T {rows}", functions, width, width, rows, device, dtype, sets)
+        functions["Liger"] = lambda x: liger.liger_rms_norm(x + y, weight, eps)
+    case = _row_case(f"add_norm {width}, T {rows}", functions, (width, width), (4, 3), rows, device, dtype, sets)
+    outer, inner = _correction(width, width, 3, device, dtype), _correction(width, width, 1, device, dtype)
+    x_, rstd = torch.randn_like(y), torch.rand(rows, 1, device=device) + 1
+    back = add_norm.add_norm_backward_triton if dispatch.runs_triton("add_norm", y) else add_norm.add_norm_backward_plain
+    with_z = Contender(
+        lambda x: add_norm.add_norm(x, y, None, weight, eps, inner, outer)[1],
+        backward=lambda dy: back(None, dy, x_, rstd, weight, inner),
+    )
+    case.contenders["ours, with z"] = [with_z] * sets
+    return case
 
 
 def swiglu_case(model: str, rows: int, device: str, dtype: torch.dtype, sets: int) -> Case:
-    """silu(gate) * up of (rows, 2 * intermediate)."""
+    """silu(gate) * up of (rows, 2 * intermediate), and with the z of a down beside it."""
     width = MODELS[model].intermediate_size
-    functions: dict[str, Callable[[Tensor], Tensor]] = {"plain": swiglu_ref, "ours": swiglu}
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "plain": swiglu.swiglu_ref,
+        "ours": lambda x: swiglu.swiglu(x, width, None, None),
+    }
     if liger := _liger(device):
         functions["Liger"] = lambda x: liger.liger_swiglu(*(half.contiguous() for half in x.chunk(2, -1)))
-    return _row_case(f"swiglu {width}, T {rows}", functions, 2 * width, width, rows, device, dtype, sets)
+    case = _row_case(f"swiglu {width}, T {rows}", functions, (2 * width, width), (3, 5), rows, device, dtype, sets)
+    outer, inner = _correction(width, 64, 1, device, dtype), _correction(64, 2 * width, 2, device, dtype)
+    x_ = case.inputs[0][0]
+    back = swiglu.swiglu_backward_triton if dispatch.runs_triton("swiglu", x_) else swiglu.swiglu_backward_plain
+    with_z = Contender(
+        lambda x: swiglu.swiglu(x, width, inner, outer),
+        backward=lambda dy: back(dy, x_, width, inner),
+    )
+    case.contenders["ours, with z"] = [with_z] * sets
+    return case
+
+
+def _correction(width: int, out: int, segments: int, device: str, dtype: torch.dtype) -> Correction:
+    rank = R * padded_segments(segments, R, torch.device(device).type)
+    A, Bt = (torch.randn(rank, n, device=device, dtype=dtype) / n**0.5 for n in (width, out))
+    return Correction(A, Bt, torch.randn(1, rank // R, R, R, device=device))
 
 
 def _row_case(
     name: str,
     functions: dict[str, Callable[[Tensor], Tensor]],
-    read: int,
-    written: int,
+    widths: tuple[int, int],  # of x and of dy
+    moved: tuple[int, int],  # rows of dy's width that forward and backward read and write at least
     rows: int,
     device: str,
     dtype: torch.dtype,
     sets: int,
 ) -> Case:
-    """Forward reads x and writes y; backward reads x and dy and writes dx. The arithmetic is free."""
-    inputs = [tuple(torch.randn(rows, w, device=device, dtype=dtype) for w in (read, written)) for _ in range(sets)]
-    forward, backward = rows * (read + written), rows * (2 * read + written)
+    """Each input read once and each output written once; the arithmetic is free."""
+    inputs = [tuple(torch.randn(rows, w, device=device, dtype=dtype) for w in widths) for _ in range(sets)]
+    forward, backward = (rows * widths[1] * n for n in moved)
     return Case(
         name,
         inputs,  # type: ignore[arg-type]

@@ -131,13 +131,27 @@ def reduce_dM(s: Tensor, t: Tensor, M: Tensor, row_adapter: Tensor | None) -> Te
     return torch.zeros_like(M).index_add_(0, row_adapter, outer)
 
 
+def two_products(x: Tensor, z: Tensor | None, weight: Tensor, Bt: Tensor | None, bias: Tensor | None, y: Tensor) -> Tensor:
+    """y = z B^T + bias, then y += x W^T, for weight (N, K) or the transpose of a (K, N). Writes and returns y (T, N).
+
+    In this order the large product adds to y as it writes it, instead of a pass over y of its own; and in half precision the
+    correction enters before y is rounded. At z = 0 the bits are those of x W^T + bias.
+    """
+    if z is not None and Bt is not None:
+        torch.mm(z, Bt, out=y) if bias is None else torch.addmm(bias, z, Bt, out=y)
+        return y.addmm_(x, weight.T)
+    return torch.mm(x, weight.T, out=y) if bias is None else torch.addmm(bias, x, weight.T, out=y)
+
+
 def _product(x: Tensor, z: Tensor, weight: Tensor, Bt: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + z B^T + bias for weight (N, K) or the transpose of a (K, N)."""
-    if dispatch.backend(x.device.type) != "reference" and dispatch.runs_triton("fused_linear", x):
-        y = x.new_empty(len(x), len(weight))
+    kind, y = dispatch.backend(x.device.type), x.new_empty(len(x), len(weight))
+    if kind == "reference":
+        return F.linear(x, weight, bias) + z @ Bt
+    if kind == "triton" and dispatch.runs_triton("fused_linear", x):
         fused_linear(x, z, weight, Bt, bias, y)
         return y
-    return F.linear(x, weight, bias).addmm_(z, Bt)
+    return two_products(x, z, weight, Bt, bias, y)
 
 
 def _forward(
@@ -198,4 +212,4 @@ def frozen_linear(
         y = _FrozenLinear.apply(x, M, weight, bias, A, Bt, row_adapter)
     else:
         y, _ = _forward(x, weight, bias, A, Bt, M, row_adapter)
-    return y[:rows]
+    return y if len(y) == rows else y[:rows]  # a slice's backward would copy dy

@@ -5,7 +5,7 @@
 It never sees M: whoever produces x writes z beside it, whoever produces dy writes sM = M^T s beside that (`correction`).
 Autograd keeps nothing for it. Three ways to the same product, chosen by the backend:
 
-    addmm     two products on plain weights, the second added in place
+    addmm     two products on plain weights, the large one added to the small one in place
     padded    one product over the buffer [[W, B, bias], [A, 0, 0]]: the correction enters the accumulator of a stock GEMM
     triton    one product on plain weights with the rank-R update in its epilogue (`fused_linear`)
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tinylora.kernels import dispatch
 from tinylora.kernels.correction import Correction, padded
-from tinylora.kernels.frozen_linear import FrozenLinear
+from tinylora.kernels.frozen_linear import FrozenLinear, two_products
 from tinylora.kernels.fused_linear import fused_linear
 
 
@@ -42,29 +42,21 @@ def _forward(x: Tensor, group: FrozenLinear, y: Tensor) -> None:
     if kind == "triton" and dispatch.runs_triton("fused_linear", x):
         fused_linear(x[:, :K], z, group.weight, Bt, group.bias, y)
         return
-    if group.bias is None:
-        torch.mm(x[:, :K], group.weight.T, out=y)
-    else:
-        torch.addmm(group.bias, x[:, :K], group.weight.T, out=y)
-    if z is not None and Bt is not None:
-        y.addmm_(z, Bt)
+    two_products(x[:, :K], z, group.weight, Bt, group.bias, y)
 
 
-def _backward(dy: Tensor, group: FrozenLinear, dx: Tensor) -> None:
-    """dx (T, K) = the transposed map of dy (T, N) or (T, padded)."""
+def linear_backward(dy: Tensor, group: FrozenLinear, dx: Tensor) -> Tensor:
+    """dx (T, K), which is written and returned: the transposed map of dy (T, N) or (T, padded)."""
     (N, K), kind = group.weight.shape, dispatch.backend(dy.device.type)
     carries = dy.shape[1] > N
     if group.buffer is not None and kind in ("padded", "cuda"):
-        torch.mm(dy, group.buffer[: dy.shape[1], :K], out=dx)
-        return
+        return torch.mm(dy, group.buffer[: dy.shape[1], :K], out=dx)
     A = group.A if carries else None
     sM = None if A is None else dy[:, N : N + len(A)]
     if kind == "triton" and dispatch.runs_triton("fused_linear", dy):
         fused_linear(dy[:, :N], sM, group.weight.T, A, None, dx)
-        return
-    torch.mm(dy[:, :N], group.weight, out=dx)
-    if sM is not None and A is not None:
-        dx.addmm_(sM, A)
+        return dx
+    return two_products(dy[:, :N], sM, group.weight.T, A, None, dx)
 
 
 class _Linear(torch.autograd.Function):
@@ -80,7 +72,7 @@ class _Linear(torch.autograd.Function):
         K = ctx.group.weight.shape[1]
         # The pad has no gradient anyone reads: z's reaches x through sM.
         dx = dy.new_empty(len(dy), -(-ctx.shape[1] // 64) * 64)[:, : ctx.shape[1]]
-        _backward(dy, ctx.group, dx[:, :K])
+        linear_backward(dy, ctx.group, dx[:, :K])
         return dx, None, None
 
 

@@ -3,9 +3,10 @@
     l = h W^T / temperature    logp = l[token] - logsumexp(l)    entropy = logsumexp(l) - sum_v softmax(l)_v l_v
     dh = (g (onehot(token) - softmax(l)) / temperature) W          dW does not exist; entropy is a metric, without gradient
 
-Rows go through in chunks; the backward recomputes each chunk's logits instead of keeping them. The Triton forward keeps
-three numbers for each row and share of the vocabulary, and its logits are never rounded below fp32. Its backward writes a
-chunk of dlogits, in the head's precision, for cuBLAS to multiply. Nothing depends on the order in which blocks run.
+Plain PyTorch goes through blocks of rows and tiles of the vocabulary, and the backward through them again. A vocabulary of
+one tile takes the very operations of sampling, so rollout and update agree to the bit. The Triton forward keeps three numbers
+for each row and share of the vocabulary, and its logits are never rounded below fp32. Its backward writes a chunk of dlogits,
+in the head's precision, for cuBLAS to multiply. Nothing depends on the order in which blocks run.
 """
 
 from typing import Any
@@ -17,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tinylora.kernels import dispatch
-from tinylora.kernels.frozen_linear import NARROW, pad_rows
+from tinylora.kernels.frozen_linear import pad_rows
 from tinylora.kernels.launch import launch
 
-CHUNK = 1 << 22  # logits in memory at a time
+ROWS, TILE = 512, 1024  # plain PyTorch holds logits of this many rows and tokens at a time
 SPLITS = 16  # shares of the vocabulary: with 1024 rows in blocks of 128 they fill a GPU of 132 processors
 BUDGET = {"_share": (255, 98_336), "_combine": (64, 0), "_dlogits": (208, 98_336)}  # registers, bytes of shared memory
 
@@ -37,35 +38,66 @@ def log_softmax_at(logits: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(wide / temperature, -1)
 
 
-def _chunks(rows: int, vocab: int) -> list[slice]:
-    size = max(NARROW, CHUNK // vocab // NARROW * NARROW)
-    return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
+def _slices(total: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, total)) for i in range(0, total, size)]
+
+
+def _tile(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
+    """One tile of the logits, in at least fp32, that may be written over."""
+    logits = F.linear(hidden, head)
+    return (logits if logits.dtype == torch.float64 else logits.float()).div_(temperature)
+
+
+def _forward(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy, and logsumexp in two parts, most + log(total), of a block of rows. Running sums relative to the largest
+    logit so far: total = sum e^(l - most), moment = sum e^(l - most) (l - most)."""
+    if len(head) <= TILE:
+        logits = F.linear(hidden, head)
+        logp = log_softmax_at(logits, temperature)
+        chosen, entropy = logp.gather(1, tokens[:, None]).squeeze(1), -(logp.exp() * logp).sum(1)
+        place = logp.argmax(1, keepdim=True)
+        most = logits.gather(1, place).to(logp.dtype) / temperature  # (rows, 1)
+        return chosen, entropy, most.squeeze(1), -logp.gather(1, place).squeeze(1)
+    most = total = moment = chosen = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for tile in _slices(len(head), TILE):
+        logits = _tile(hidden, head[tile], temperature)  # (rows, TILE)
+        inside = (tokens >= tile.start) & (tokens < tile.stop)
+        own = logits.gather(1, (tokens - tile.start).clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
+        chosen = torch.where(inside, own, chosen)
+        largest = logits.amax(1) if tile.start == 0 else torch.maximum(most, logits.amax(1))
+        shift = most - largest
+        logits.sub_(largest[:, None])
+        weights = logits.exp()
+        moment = shift.exp() * (moment + shift * total) + torch.linalg.vecdot(weights, logits)
+        total = shift.exp() * total + weights.sum(1)
+        most = largest
+    return chosen - most - total.log(), total.log() - moment / total, most, total.log()
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, tokens, temperature):  # type: ignore[no-untyped-def]
-        logps, entropies = [], []
-        for rows in _chunks(len(hidden), len(head)):
-            logp, entropy = token_logprobs_ref(hidden[rows], head, tokens[rows], temperature)
-            logps.append(logp)
-            entropies.append(entropy)
-        ctx.save_for_backward(hidden, head, tokens)
+        parts = [_forward(hidden[rows], head, tokens[rows], temperature) for rows in _slices(len(hidden), ROWS)]
+        logp, entropy, most, log_total = map(torch.cat, zip(*parts, strict=True)) if parts else hidden.new_zeros(4, 0)
+        ctx.save_for_backward(hidden, head, tokens, most, log_total)
         ctx.temperature = temperature
-        entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
-        return torch.cat(logps), entropy
+        return logp, entropy
 
     @staticmethod
     def backward(ctx, dlogp, _):  # type: ignore[no-untyped-def]
-        hidden, head, tokens = ctx.saved_tensors
-        dhidden = torch.empty_like(hidden)
-        for rows in _chunks(len(hidden), len(head)):
-            g = dlogp[rows, None] / ctx.temperature  # (chunk, 1)
-            dlogits = log_softmax_at(F.linear(hidden[rows], head), ctx.temperature).exp_().mul_(-g)
-            dlogits.scatter_add_(1, tokens[rows, None], g)
-            torch.mm(dlogits.to(head.dtype), head, out=dhidden[rows])
-        return dhidden, None, None, None
+        hidden, head, tokens, most, log_total = ctx.saved_tensors
+        dhidden = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for rows in _slices(len(hidden), ROWS):
+            g = dlogp[rows, None] / ctx.temperature  # (rows, 1)
+            for tile in _slices(len(head), TILE):
+                dlogits = _tile(hidden[rows], head[tile], ctx.temperature)
+                dlogits.sub_(most[rows, None]).sub_(log_total[rows, None]).exp_().mul_(-g)
+                place = (tokens[rows, None] - tile.start).clamp(0, dlogits.shape[1] - 1)
+                inside = (tokens[rows, None] >= tile.start) & (tokens[rows, None] < tile.stop)
+                dlogits.scatter_add_(1, place, torch.where(inside, g, 0.0))
+                dhidden[rows] += dlogits.to(head.dtype) @ head[tile]
+        return dhidden.to(hidden.dtype), None, None, None
 
 
 @triton.jit  # type: ignore[untyped-decorator]
