@@ -20,6 +20,7 @@ memory is what one call holds beyond its inputs, the result included.
 """
 
 import argparse
+import copy
 import importlib.util
 import math
 import os
@@ -38,7 +39,7 @@ from bench.measure import card, copy_rate, gemm_rate, in_turns, peak_extra_bytes
 from tinylora.cli import table
 from tinylora.kernels import add_norm, dispatch, swiglu
 from tinylora.kernels.correction import Correction, padded, write_sM, write_z
-from tinylora.kernels.frozen_linear import FrozenLinear, padded_segments
+from tinylora.kernels.frozen_linear import NARROW, FrozenLinear, padded_segments
 from tinylora.kernels.linear import linear, linear_backward
 from tinylora.kernels.rms_norm import rms_norm_ref
 from tinylora.kernels.token_logprobs import token_logprobs
@@ -152,12 +153,15 @@ def _linears(
             group = FrozenLinear.empty(*weight.shape, False, dtype, device)
             group.weight.copy_(weight)
             group.pack(factors, sizes)
+            if name != "padded":  # which is for rows that carry z alone
+                M = blocks[None].to(device).requires_grad_()
+                contenders[f"ours, {name}"] = Contender(_under(name, group, M), [M])
+            group = copy.copy(group)
+            group.pack(factors, sizes, NARROW if device.type == "cpu" else 1)  # as a Decoder does
         assert group.A is not None
         M = torch.zeros(1, len(group.A) // R, R, R, device=device)
         M[0, :segments] = blocks.to(device)
-        if name != "padded":  # which is for rows that carry z alone
-            contenders[f"ours, {name}"] = Contender(_under(name, group, M.requires_grad_()), [M])
-        contenders[f"engine, {name}"] = _engine(name, group, M.detach(), x, dy)
+        contenders[f"engine, {name}"] = _engine(name, group, M, x, dy)
     A = torch.cat([a for a, _ in factors]).to(device, dtype)  # (R segments, K)
     Bt = torch.block_diag(*(b.T for _, b in factors)).to(device, dtype)  # (R segments, N)
     dense = torch.block_diag(*blocks).to(device, dtype).requires_grad_()
@@ -279,7 +283,7 @@ def swiglu_case(model: str, rows: int, device: str, dtype: torch.dtype, sets: in
 
 
 def _correction(width: int, out: int, segments: int, device: str, dtype: torch.dtype) -> Correction:
-    rank = R * padded_segments(segments, R, torch.device(device).type)
+    rank = R * padded_segments(segments, R, 1 if device.startswith("cuda") else NARROW)
     A, Bt = (torch.randn(rank, n, device=device, dtype=dtype) / n**0.5 for n in (width, out))
     return Correction(A, Bt, torch.randn(1, rank // R, R, R, device=device))
 

@@ -73,17 +73,23 @@ def test_row_op(benchmark, make) -> None:
     check_agreement(case)
     x, dy = case.inputs[0]
     _, dx = benchmark(case.contenders["ours"][0].both, x, dy)
-    torch.testing.assert_close(dx, case.contenders["plain"][0].both(x, dy)[1], rtol=1e-5, atol=1e-5)
+    h, want = case.contenders["plain"][0].both(x, dy)
+    torch.testing.assert_close(dx, want, rtol=1e-5, atol=1e-5)
+    with_z = case.contenders["ours, with z"][0].forward(x)  # the same rows, and more beside them
+    torch.testing.assert_close(with_z[:, : h.shape[1]], h, rtol=1e-5, atol=1e-5)
+    assert with_z.shape[1] > h.shape[1]
 
 
 def test_contenders_are_the_ones_promised() -> None:
-    assert list(qkv().contenders) == ["bare", "ours, addmm", "eager", "PEFT TinyLoRA", "PEFT LoRA r=8"]
-    assert list(norm_case("tiny", 8, "cpu", F32, 1).contenders) == ["plain", "ours", "F.rms_norm"]
+    engine = ["engine, addmm", "engine, padded"]
+    assert list(qkv().contenders) == ["bare", "ours, addmm", *engine, "eager", "PEFT TinyLoRA", "PEFT LoRA r=8"]
+    assert list(norm_case("tiny", 8, "cpu", F32, 1).contenders) == ["plain", "ours", "F.rms_norm", "ours, with z"]
     trained = {name: sum(p.numel() for p in c[0].trained) for name, c in qkv().contenders.items()}
-    # M of 4 segments (one is padding), the dense 6 x 6 M, u=13, and A and B of rank 8
+    # M of 3 segments, the dense 6 x 6 M, u=13, and A and B of rank 8; the engine's map has no M to train
     assert trained == {
         "bare": 0,
-        "ours, addmm": 4 * 4,
+        "ours, addmm": 3 * 4,
+        **dict.fromkeys(engine, 0),
         "eager": 36,
         "PEFT TinyLoRA": 13,
         "PEFT LoRA r=8": 8 * (64 + 128),
@@ -208,7 +214,9 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     result = json.loads(lines[-1])
     assert result == json.loads(file.read_text())
     assert (result["bench"], result["gemm_gflops"], result["copy_gbytes_per_second"]) == ("ops", 2.0, 3.0)
-    assert {r["case"] for r in result["rows"]} == {"tiny qkv 64->128, T 32"} and len(result["rows"]) == 10
+    assert {r["case"] for r in result["rows"]} == {"tiny qkv 64->128, T 32"} and len(result["rows"]) == 2 * len(
+        qkv().contenders
+    )
     assert sum("ours, addmm" in line for line in lines[:-1]) == 2
 
 

@@ -185,12 +185,12 @@ def test_repacking_leaves_nothing_of_the_adapter_before(monkeypatch):
     group = FrozenLinear.empty(40, 56, True, torch.float64, torch.device("cpu"))
     group.weight.copy_(randn(40, 56))
     group.bias.copy_(randn(40))
-    group.pack([(randn(8, 56), randn(n, 8)) for n in (24, 8, 8)], [24, 8, 8])
-    group.pack([(randn(1, 56), randn(40, 1))], [40])
+    group.pack([(randn(8, 56), randn(n, 8)) for n in (24, 8, 8)], [24, 8, 8], 8)
+    group.pack([(randn(1, 56), randn(40, 1))], [40], 8)
     fresh = FrozenLinear.empty(40, 56, True, torch.float64, torch.device("cpu"))
     fresh.weight.copy_(group.weight)
     fresh.bias.copy_(group.bias)
-    fresh.pack([(group.A[:1], group.Bt[:1].T)], [40])
+    fresh.pack([(group.A[:1], group.Bt[:1].T)], [40], 8)
     height, width = min(len(fresh.buffer), len(group.buffer)), min(fresh.buffer.shape[1], group.buffer.shape[1])
     assert torch.equal(group.buffer[:height, :width], fresh.buffer[:height, :width])
     assert not group.buffer[height:].any() and not group.buffer[:, width:].any()
@@ -211,7 +211,7 @@ def test_launches_are_functions_of_shapes():
     assert [row_stride(k, r) for k, r in ((3584, 2), (896, 24), (896, 64))] == [3648, 960, 1024]
     for k in (896, 3584, 4864, 18944):  # whole cache lines, and what Triton and TMA need
         assert padded_width(k, 6) % 16 == 0 and row_stride(k, 6) % 64 == 0 and row_stride(k, 6) >= padded_width(k, 6)
-    assert row_config(64, 3584) == {"ROWS": 1, "BLOCK": 2048, "num_warps": 8}
+    assert row_config(64, 3584) == {"ROWS": 1, "BLOCK": 1024, "num_warps": 8}
     assert row_config(16384, 18944) == {"ROWS": 4, "BLOCK": 512, "num_warps": 8}
     assert row_config(1, 40) == {"ROWS": 1, "BLOCK": 64, "num_warps": 4}
     tile = {"BLOCK_T": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}

@@ -115,7 +115,7 @@ class Adapter:
                 if not any(m in weights for m in modules):
                     self._sizes.append(0)
                     continue
-                size = padded_segments(len(names), config.r, model.device.type)
+                size = padded_segments(len(names), config.r, model.narrow)
                 zero = torch.zeros(config.u, config.r, config.r)
                 parts += [self.projections.get(m, zero) for m in modules] + [zero] * (size - len(names))
                 group_of_segment += [self.group_of.get(m, 0) for m in modules] + [0] * (size - len(names))

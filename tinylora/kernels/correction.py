@@ -192,5 +192,5 @@ def row_config(rows: int, width: int) -> dict[str, int]:
     """Blocks of a row kernel. Four rows share one read of A where there are rows to fill a GPU; otherwise one row a program,
     in pieces as wide as its threads can hold."""
     several = rows >= 2048
-    block = min(triton.next_power_of_2(width), 512 if several else 2048)
-    return {"ROWS": 4 if several else 1, "BLOCK": block, "num_warps": 8 if block * (4 if several else 1) >= 2048 else 4}
+    block = min(triton.next_power_of_2(width), 512 if several else 1024)
+    return {"ROWS": 4 if several else 1, "BLOCK": block, "num_warps": 8 if block >= 512 else 4}

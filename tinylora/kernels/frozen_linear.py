@@ -10,8 +10,8 @@ Layers that read the same input are one group: qkv has 3 segments, gate+up 2, o 
 below the other, A (R, K) their shrinks, B (N, R) their expands in blocks, with R = segments * r. `row_adapter` (T,) picks
 M per row, so any row of a batch may carry any adapter.
 
-On a CPU the rows are padded to a multiple of 8 and R is one: a row's bits then do not depend on how many rows came with
-it, because MKL picks the same inner kernel for all of them.
+On a CPU the rows are padded to a multiple of 8. Where R is one too, as in a Decoder, a row's bits do not depend on how many
+rows came with it, because MKL picks the same inner kernel for all of them.
 """
 
 from collections.abc import Sequence
@@ -56,13 +56,13 @@ class FrozenLinear:
         self.buffer = self.weight.new_zeros(padded_width(rows, rank), row_stride(columns, rank))
         self.weight = self.buffer[:rows, :columns]
 
-    def pack(self, factors: Sequence[tuple[Tensor, Tensor] | None], sizes: Sequence[int]) -> None:
+    def pack(self, factors: Sequence[tuple[Tensor, Tensor] | None], sizes: Sequence[int], narrow: int = 1) -> None:
         """Stack the segments' factors (A (r, K), B (n, r)); None is a segment without a correction.
 
-        `sizes` are the segments' rows of W. Zero segments are appended up to `padded_segments`.
+        `sizes` are the segments' rows of W. Zero segments are appended until R is a multiple of `narrow`.
         """
         r = next(f[0].shape[0] for f in factors if f is not None)
-        (rows, columns), rank = self.weight.shape, padded_segments(len(factors), r, self.weight.device.type) * r
+        (rows, columns), rank = self.weight.shape, padded_segments(len(factors), r, narrow) * r
         self.A, self.Bt = self.weight.new_zeros(rank, columns), self.weight.new_zeros(rank, rows)
         start = 0
         for segment, (factor, size) in enumerate(zip(factors, sizes, strict=True)):
@@ -94,9 +94,9 @@ class FrozenLinear:
         return frozen_linear(x, self.weight, self.bias, self.A, self.Bt, M, row_adapter)
 
 
-def padded_segments(segments: int, r: int, device_type: str) -> int:
-    """The least number of segments, at least `segments`, that makes R = segments * r a multiple of NARROW on a CPU."""
-    while device_type == "cpu" and segments * r % NARROW:
+def padded_segments(segments: int, r: int, narrow: int) -> int:
+    """The least number of segments, at least `segments`, that makes R = segments * r a multiple of `narrow`."""
+    while segments * r % narrow:
         segments += 1
     return segments
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tinylora.kernels import dispatch
 from tinylora.kernels.launch import launch
 
-BUDGET = {"_partials": (128, 8192), "_ordered_sum": (40, 0)}  # kernel: registers a thread, bytes of shared memory
+BUDGET = {"_partials": (160, 8192), "_ordered_sum": (40, 0)}  # kernel: registers a thread, bytes of shared memory
 
 
 def reduce_dm_ref(

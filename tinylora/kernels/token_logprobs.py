@@ -23,7 +23,7 @@ from tinylora.kernels.launch import launch
 
 ROWS, TILE = 512, 1024  # plain PyTorch holds logits of this many rows and tokens at a time
 SPLITS = 16  # shares of the vocabulary: with 1024 rows in blocks of 128 they fill a GPU of 132 processors
-BUDGET = {"_share": (255, 98_336), "_combine": (64, 0), "_dlogits": (208, 98_336)}  # registers, bytes of shared memory
+BUDGET = {"_share": (255, 98_336), "_combine": (64, 0), "_dlogits": (224, 98_336)}  # registers, bytes of shared memory
 
 
 def token_logprobs_ref(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

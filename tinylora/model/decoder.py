@@ -117,6 +117,11 @@ class Decoder:
         return self.embedding.device
 
     @property
+    def narrow(self) -> int:
+        """Ranks are padded to a multiple of this: on a CPU, so that a row's bits do not depend on its batch."""
+        return NARROW if self.device.type == "cpu" else 1
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
 
@@ -139,7 +144,7 @@ class Decoder:
                 group.A = group.Bt = None
                 group.unpack()
                 if any(s is not None for s in segments):
-                    group.pack(segments, [self.config.shape(n)[0] for n in names])
+                    group.pack(segments, [self.config.shape(n)[0] for n in names], self.narrow)
 
     # ---- forward --------------------------------------------------------------------------------------------------------
 
