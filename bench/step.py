@@ -105,7 +105,10 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     with tempfile.TemporaryDirectory() as scratch:
-        settings = BUILTIN_PRESET | {"learning_rate": 0.0, "eval_size": 0, "output_dir": f"{scratch}/run", "max_steps": 10**6}
+        same = {"num_iterations": 1, "scale_rewards": "group"}  # as TRL's default
+        settings = (
+            BUILTIN_PRESET | same | {"learning_rate": 0.0, "eval_size": 0, "output_dir": f"{scratch}/run", "max_steps": 10**6}
+        )
         settings |= {"device": device, "dtype": "float32"}
         ours = Trainer(TrainConfig(**settings))
         seconds: dict[str, list[float]] = {"step/ours": [], "step/trl": [], "rollout/ours": [], "rollout/generate": []}

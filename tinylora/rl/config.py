@@ -18,6 +18,9 @@ BUILTIN_PRESET: dict[str, Any] = {
     "num_generations": 8,
     "max_steps": 40,
     "max_completion_length": 40,
+    # The weakest of seeds 0-4 ended at 68 % sampled, 88 % greedy with one pass over each batch and rewards scaled by group.
+    "num_iterations": 2,
+    "scale_rewards": "batch",
 }
 
 
