@@ -175,7 +175,7 @@ def add_norm_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[
 def swiglu_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
     randn = normals(device, dtype, seed)
     cases: list[Case] = []
-    for T, F, adapters in sizes(device, ((5, 40, 0), (3, 72, 2)), ((77, 4864, 3), (2051, 18944, 0))):
+    for T, F, adapters in sizes(device, ((5, 40, 0), (3, 72, 2)), ((77, 4864, 3), (2051, 2048, 0), (5, 18944, 0))):
         x, dh = randn(T, 2 * F + 16), randn(T, F + 16)
         inner, outer = correction(randn, T, F, 2 * F, 2, 2, adapters), correction(randn, T, F, 24, 1, 2, adapters)
         for label, i, o in (("", inner, outer), (" off", None, None)):
@@ -214,7 +214,7 @@ def fused_linear_check(device: torch.device, dtype: torch.dtype, seed: int) -> l
     shapes = sizes(
         device,
         ((5, 24, 40, 2, 1), (70, 72, 48, 6, 0)),
-        ((7, 896, 896, 2, 0), (200, 1152, 896, 6, 1), (77, 3584, 18944, 2, 0), (2051, 4608, 3584, 8, 1)),
+        ((7, 896, 896, 2, 0), (200, 1152, 896, 6, 1), (300, 896, 4864, 2, 0), (2051, 1152, 896, 8, 1)),
     )
 
     def fused(x: Tensor, z: Tensor | None, weight: Tensor, Bt: Tensor | None, bias: Tensor | None) -> Tensor:
