@@ -79,7 +79,8 @@ def test_rollout(tiny_model, monkeypatch):
     model = load_model(str(tiny_model("qwen2", **SIZES)), device="cuda", dtype="float32")
     matrices = Adapter(model, TinyLoRAConfig(u=2, n_tie="all")).matrices(torch.full((1, 2), 0.2, device="cuda"))
     prompts = [[5, 6, 7], [8]]
-    for prompt, c in zip([p for p in prompts for _ in range(4)], rollout(model, matrices, prompts, 4, Sampling(12)), strict=True):
+    completions = rollout(model, matrices, prompts, 4, Sampling(12))
+    for prompt, c in zip([p for p in prompts for _ in range(4)], completions, strict=True):
         sequence = torch.tensor(prompt + c.tokens, device="cuda")
         with torch.no_grad():
             hidden = model.packed(sequence[:-1], [len(sequence) - 1], matrices)[len(prompt) - 1 :]
