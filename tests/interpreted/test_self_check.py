@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinylora.kernels import add_norm, rope, self_check, shrink, swiglu
+from tinylora.kernels import add_norm, fused_linear, rope, self_check, shrink, swiglu
 
 CPU = torch.device("cpu")
 
@@ -85,3 +85,30 @@ def test_a_faulty_kernel_fails(op: str, place, launcher: str, fault, monkeypatch
 
 def test_every_check_has_a_fault_that_it_sees() -> None:
     assert {op for op, *_ in FAULTS} == self_check.CHECKS.keys()
+
+
+@pytest.mark.parametrize("op", [shrink, add_norm, swiglu])
+def test_row_kernels_in_many_pieces(op, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four rows a program and sixteen columns a piece, as long rows and many of them are taken on a GPU."""
+    monkeypatch.setattr(op, "row_config", lambda rows, width: {"ROWS": 4, "BLOCK": 16, "num_warps": 4})
+    name = op.__name__.rpartition(".")[2]
+    assert self_check.verdict(name, self_check.CHECKS[name], CPU, 0)["error"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_tma_kernel(dtype: torch.dtype, transposed: bool) -> None:
+    """The fused linear by descriptors, which no CPU chooses: rests in every direction, more tiles than programs."""
+    randn = self_check.normals(CPU, dtype, 0)
+    T, N, K, R = 70, 72, 88, 3
+    weight = randn(K, N + 16)[:, :N].T if transposed else randn(N, K + 8)[:, :K]
+    x, z, Bt, bias = randn(T, K + 8)[:, :K], randn(T, 5)[:, :R], randn(R, N), randn(N)
+    y = torch.full((T, N + 8), torch.nan, dtype=dtype)[:, :N]
+    options = {"BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_linear, "_processors", lambda device: 4)
+        fused_linear._run_tma(x, z, weight, Bt, bias, y, options)
+    wide = [t.double() for t in (x, z, weight, Bt, bias)]
+    plain = fused_linear.fused_linear_ref(x, z, weight, Bt, bias)
+    mine, _, allowed = self_check.relative_errors(y, plain, fused_linear.fused_linear_ref(*wide))
+    assert 0 < mine <= allowed
