@@ -112,6 +112,10 @@ class _Rollout:
         model, kind = self.model, self.model.device.type
         length, longest = self.sampling.max_completion_length, max(map(len, self.prompts)) - 1
         capacity = longest + length + -(longest + length) % NARROW
+        if model.capacity is not None:
+            if capacity > model.capacity:
+                raise InputError(f"--exact was prepared for {model.capacity} tokens a sequence, and one may have {capacity}")
+            capacity = model.capacity
         count = min(slots or MOST_SLOTS[kind], len(self.prompts) * self.generations)
         paged = kind != "cpu" or page_size is not None
         size = (page_size or PAGE) if paged else capacity
