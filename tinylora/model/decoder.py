@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -308,3 +309,9 @@ class Decoder:
         batch, length = input_ids.shape
         hidden = self.packed(input_ids.to(self.device).flatten(), [length] * batch, matrices)
         return F.linear(pad_rows(hidden), self.head)[: batch * length].float().unflatten(0, (batch, length))
+
+    def generate(self, prompts: list[list[int]], **options: Any) -> list[Any]:
+        """Completions of prompts of token ids; see `tinylora.generate.generate`."""
+        from tinylora.generate import generate  # which needs this module
+
+        return generate(self, prompts, **options)
