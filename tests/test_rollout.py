@@ -78,6 +78,13 @@ def test_a_cache_too_small_for_one_sequence_is_refused(adapted):
         rollout(model, matrices, [[1], []], 4, SAMPLING)
 
 
+def test_limits_cut_sequences_one_by_one(adapted):
+    model, _, matrices = adapted
+    whole, limits = rollout(model, matrices, PROMPTS, 4, SAMPLING), [1 + i % 7 for i in range(20)]
+    short = rollout(model, matrices, PROMPTS, 4, SAMPLING, slots=3, limits=limits)
+    assert [c.tokens for c in short] == [c.tokens[:n] for c, n in zip(whole, limits, strict=True)]
+
+
 def test_a_prompt_is_prefilled_once_for_its_samples(adapted):
     model, _, matrices = adapted
     shared, apart = Usage(), Usage()

@@ -73,7 +73,7 @@ def plan_memory(
     model: Decoder,
     longest: int,  # tokens of the longest prompt and completion together
     sequences: int,  # that a rollout is asked for
-    microbatch_tokens: int | None,  # None: as many as pay and fit
+    microbatch_tokens: int | None,  # at most; None: as many as pay
     free: int | None = None,  # bytes; None: what there is
 ) -> MemoryPlan:
     """InputError where not even one sequence of the longest kind fits."""
@@ -83,9 +83,9 @@ def plan_memory(
     held = sum(w.numel() for w in weights) + (model.head.numel() if model.head is not model.embedding else 0)
     free = free_bytes(model.device) if free is None else free
     per_token, per_position = activation_bytes(model), KVCache.bytes_per_token(c, size)
-    tokens, usable = microbatch_tokens or max(TOKENS[kind], longest), int(SHARE * free)
+    tokens, usable = min(microbatch_tokens or max(TOKENS[kind], longest), longest * sequences), int(SHARE * free)
     wanted = per_position * longest * min(sequences, MOST_SLOTS[kind])
-    if microbatch_tokens is None and per_token * tokens + wanted > usable:
+    if per_token * tokens + wanted > usable:
         tokens = min(tokens, max(longest, usable // 2 // per_token))
     cache = min(wanted, usable - per_token * tokens)
     if cache < per_position * longest:

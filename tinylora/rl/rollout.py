@@ -65,6 +65,7 @@ def rollout(
     page_size: int | None = None,  # positions in a page; None: PAGE on a GPU, on a CPU one page a slot
     share_prompts: bool = True,  # prefill a prompt once for its samples; False: once for each
     expected: Sequence[float] | None = None,  # completion length of each prompt, longest first; None: longest prompt first
+    limits: Sequence[int] | None = None,  # tokens each sequence may get at most, where that is less than the sampling's
     watch: Callable[[int, list[int]], None] | None = None,  # called with (sequence of the call, all its tokens) as they come
     usage: Usage | None = None,  # counted into
 ) -> list[Completion]:
@@ -80,6 +81,7 @@ def rollout(
         expected = None if expected is None else [e for e in expected for _ in range(generations)]
         generations = 1
     run = _Rollout(model, matrices, prompts, generations, sampling, first_sequence, row_adapter)
+    run.limits = limits
     run.allocate(slots, cache_bytes or CACHE_BYTES[model.device.type], page_size, expected)
     return run.go(watch, usage or Usage())
 
@@ -104,6 +106,7 @@ class _Rollout:
         self.adapters = len(used[0]) if used else 0
         # Prefilled prompts of which samples wait: keys and values of the tokens that fill no page, (layers, n, Hkv, D) each
         self.prompt_rows: dict[int, tuple[Tensor, Tensor]] = {}
+        self.limits: Sequence[int] | None = None
         self.row_of: dict[int, int] = {}  # a running sequence's row of the outputs
 
     def allocate(self, slots: int | None, bytes_: int, page_size: int | None, expected: Sequence[float] | None) -> None:
@@ -255,7 +258,9 @@ class _Rollout:
         u = uniforms(self.sampling.seed, numbers, self.sampling.max_completion_length)
         tokens = [self.prompts[r.group][-1] for r in live]
         adapters = [self.row_adapter[r.group] for r in live]
-        self.slots.fill(slots, rows, tokens, [s.position(r) for r in live], adapters, u)
+        most = self.sampling.max_completion_length
+        limits = [most if self.limits is None else min(most, self.limits[r.sequence]) for r in live]
+        self.slots.fill(slots, rows, tokens, [s.position(r) for r in live], adapters, limits, u)
         self.prompt_rows = {g: x for g, x in self.prompt_rows.items() if s.groups[g].pages is not None}
 
     def _write_table(self) -> None:

@@ -144,14 +144,15 @@ class Slots:
         tokens: Sequence[int],  # the last of each prompt
         positions: Sequence[int],  # its position
         adapters: Sequence[int],
+        limits: Sequence[int],  # tokens each may get, at most max_completion_length
         uniforms: Tensor,  # (len(slots), max_completion_length)
     ) -> None:
         """Put sequences into slots."""
         length, device = self.sampling.max_completion_length, self.token.device
-        columns = torch.tensor([slots, tokens, positions, adapters, rows], device=device)  # (5, n)
+        columns = torch.tensor([slots, tokens, positions, adapters, rows, limits], device=device)  # (6, n)
         index, start = columns[0], columns[4] * length
         self.token[index], self.position[index], self.adapter[index] = columns[1], columns[2], columns[3]
-        self.cell[index], self.end[index], self.live[index] = start, start + length, True
+        self.cell[index], self.end[index], self.live[index] = start, start + columns[5], True
         self.uniform[:-1].view(-1, length)[columns[4]] = uniforms
 
     def clear(self, slots: Sequence[int]) -> None:
