@@ -104,3 +104,8 @@ def test_a_page_given_back_twice_is_an_error():
     pages.drop(taken[:1])
     with pytest.raises(RuntimeError, match="twice"):
         pages.drop(taken[:1])
+
+
+def test_where_a_sequence_is_one_page_every_page_is_used():
+    s = Scheduler([9, 5], 3, 7, 6, 6, 16)
+    assert s.admit()[0] == [0, 1, 2, 3, 4, 5]

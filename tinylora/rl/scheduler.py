@@ -82,10 +82,10 @@ class Scheduler:
         self.samples, self.page_size, self.longest_sample = samples, page_size, longest
         self.pages = Pages(pages)
         self.groups = [Group(n - 1, samples) for n in prompts]
-        most = max(self._pages_of(n - 1 + longest) for n in prompts)  # the last token is never decoded
-        if most > pages:
+        self.most = max(self._pages_of(n - 1 + longest) for n in prompts)  # of a sequence; its last token is never decoded
+        if self.most > pages:
             raise InputError(
-                f"the KV cache has {pages} pages of {page_size} tokens, and one sequence may need {most}; "
+                f"the KV cache has {pages} pages of {page_size} tokens, and one sequence may need {self.most}; "
                 f"give it more memory, or shorten the prompts or --max-completion-length"
             )
         key = prompts if expected is None else expected
@@ -116,7 +116,7 @@ class Scheduler:
     def admit(self) -> tuple[list[int], list[int]]:
         """Fill free slots: (slots newly in use, ascending; groups whose prompts must be prefilled for them).
 
-        A sequence is admitted only where a page is left for every other to grow into, so that few have to start over.
+        A sequence is admitted only where a page is left for every other, so that few have to start over.
         """
         slots: list[int] = []
         prefill: list[int] = []
@@ -129,7 +129,8 @@ class Scheduler:
             group = self.groups[number]
             full = group.prompt // self.page_size
             need = 1 + (full if group.pages is None else 0)
-            if need + self.in_use > len(self.pages.free):
+            reserve = self.in_use if self.most > 1 else 0  # a page for each to grow into
+            if need + reserve > len(self.pages.free):
                 if self.in_use or not self._forget_prompts(number):
                     break
                 continue
