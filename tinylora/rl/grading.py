@@ -23,7 +23,7 @@ GRADER_VERSION = 1  # verdicts are cached by it: raise it with every change that
 LONGEST_TEXT = 100_000  # characters of a completion that are read, from its end
 LONGEST_ANSWER = 2_000  # characters of an answer; a longer one is no answer
 DEEPEST_ANSWER = 50  # brackets inside brackets; deeper is no answer
-PLACES = 12  # decimals to which an expression's value must agree
+PLACES = 12  # digits to which the values of two expressions must agree
 
 _STRICT = re.compile(r"#### (-?\$?[0-9.,]+)")
 _NUMBER = re.compile(r"-?\$?[0-9][0-9.,]*|-?\$?\.[0-9]+")
@@ -100,12 +100,17 @@ _REPLACED = [
     (re.compile(pattern), by)
     for pattern, by in (
         (r"\\f?boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1"),
-        (r"\\\$|(?<!\\)\$|\\[()\[\]!]|\\(?:left|right|bigl?|bigr?|Bigl?|Bigr?|displaystyle|limits)(?![A-Za-z])", ""),
+        (r"\\\$|(?<!\\)\$|(?<!\\)\\[()\[\]!]|\\(?:left|right|bigl?|bigr?|Bigl?|Bigr?|displaystyle|limits)(?![A-Za-z])", ""),
         (r"(?<=\d)(?:\{,\}|\\,|\{\\,\})(?=\d{3})", ""),
-        (r"\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
+        (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
         (r"\\[dtc]frac", r"\\frac"),
+        (r"\\frac\s*(\\[a-z]+|\d)\s*(\\[a-z]+|\d)(?![a-z])", r"\\frac{\1}{\2}"),
+        (r"\\phantom\s*(?:\{[^{}]*\}|\S)", ""),
         (r"\\(?:textbf|mathbf|boldsymbol|bm|bold)\s*\{([^{}]*)\}", r"\1"),
-        (r"\\(?:text|textrm|mathrm|mbox|rm|textit|operatorname)\s*\{\s*(?:and|or)\s*\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z])", ","),
+        (
+            r"\\(?:text|textrm|mathrm|mbox|rm|textit|operatorname)\s*\{\s*(?:and|or)\s*\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z])",
+            ",",
+        ),
         (r"−|–", "-"),
         (r"×", r"\\times "),
         (r"π", r"\\pi "),
@@ -124,7 +129,7 @@ _REPLACED = [
 def _clean(latex: str) -> str:
     for pattern, by in _REPLACED:
         latex = pattern.sub(by, latex)
-    return latex.strip().rstrip(".").rstrip()
+    return latex.strip().rstrip(".,;").rstrip()
 
 
 def same_answer(gold: str, candidate: str | None, tolerance: float = 0.0) -> bool:
@@ -145,6 +150,9 @@ def _depth(text: str) -> int:
 def _same(gold: str, candidate: str, tolerance: float) -> bool:
     if _key(gold) == _key(candidate):
         return True
+    gold = _chain(gold)[-1]
+    if len(sides := _chain(candidate)) > 1:
+        return all(_same(gold, side, tolerance) for side in sides)
     number = _numeral(gold)
     if number is None:
         parts = _parts(gold)
@@ -186,7 +194,9 @@ class _Numeral:
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)"
 _POWER = r"(?:\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*(?:\{\s*([+-]?\d{1,4})\s*\}|([+-]?\d{1,4}))|[eE]([+-]?\d{1,3})(?![\d.]))"
-_UNIT = r"(?:\\(?:text|textrm|mathrm|mbox|rm|textit|operatorname)\s*\{[^{}]*\}|\\AA|\\mu|/|(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z]))"
+_UNIT = (
+    r"(?:\\(?:text|textrm|mathrm|mbox|rm|textit|operatorname)\s*\{[^{}]*\}|\\AA|\\mu|/|(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z]))"
+)
 _NUMERAL = re.compile(
     rf"""\s*(?P<sign>[+-]?)\s*(?:
         (?P<whole>\d+)?\s*\\frac\s*(?:\{{\s*(?P<top>[+-]?\s*{_DIGITS})\s*\}}\s*\{{\s*(?P<bottom>[+-]?\s*{_DIGITS})\s*\}}
@@ -240,14 +250,25 @@ def _same_numeral(gold: _Numeral, other: _Numeral, tolerance: float) -> bool:
     return plain == percent / 100 or (near and abs(plain) >= 1)
 
 
-# -- tuples, intervals, sets, lists, unions
+def _chain(latex: str) -> list[str]:
+    """The sides of "0.56 = 56 %", where all are numbers; anything else is one side."""
+    sides = [side.strip() for side in latex.split("=")]
+    return sides if all(_numeral(side) for side in sides) else [latex]
+
+
+# -- tuples, intervals, sets, lists, unions, matrices
+
+_MATRIX = re.compile(r"\\begin\s*\{([pbvB]?matrix|array)\}\s*(?:\{[^{}]*\})?(.*)\\end\s*\{\1\}", re.DOTALL)
 
 
 def _parts(latex: str) -> tuple[str, list[str]] | None:
     r"""("(]", elements) of a tuple or interval by its brackets, ("list", elements) of a set or bare list, ("union", parts).
 
-    A number with thousands, and anything that has no elements, is None. "a \pm b" is two elements.
+    A matrix is ("2 rows", cells). Anything that has no elements is None. "a \pm b" is two elements.
     """
+    if matrix := _MATRIX.fullmatch(latex):
+        rows = [row.split("&") for row in re.split(r"\\\\(?:\[[^\]]*\])?", matrix[2].strip()) if row.strip()]
+        return f"{len(rows)} rows", [cell.strip() for row in rows for cell in row]
     if re.search(r"\\cup(?![A-Za-z])|∪", latex):
         return "union", [part.strip() for part in re.split(r"\\cup(?![A-Za-z])|∪", latex)]
     inside = re.fullmatch(r"\\?\{(.*?)\\?\}", latex, re.DOTALL) if latex.startswith(r"\{") else None
@@ -327,6 +348,7 @@ def _parsed(latex: str) -> tuple[Any, ...]:
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     config = [LatexExtractionConfig(boxed_match_priority=0)]
+    latex = re.sub(r"(?<![A-Za-z])\s+|\s+(?![A-Za-z])", "", latex)  # it takes the c of "a + b + c" for a unit
     boxed = rf"\boxed{{{latex}}}"
     return tuple(parse(boxed, config, fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None))
 
@@ -336,6 +358,15 @@ def _math_verify(gold: str, candidate: str) -> bool:
     from math_verify import verify
 
     try:
-        return bool(verify(list(_parsed(gold)), list(_parsed(candidate)), float_rounding=PLACES, timeout_seconds=None))
+        a, b = _parsed(gold), _parsed(candidate)
+        return bool(verify(list(a), list(b), float_rounding=PLACES, timeout_seconds=None)) and _near(a, b)
     except Exception:  # sympy raises whatever it likes on nonsense; nonsense is wrong
         return False
+
+
+def _near(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Of two values: PLACES digits agree. math-verify rounds to decimal places, which makes all small values equal."""
+    if not all(getattr(x[0], "is_number", False) for x in (a, b)):
+        return True
+    x, y = (z[0].evalf(30) for z in (a, b))  # sympy's own numbers: 1/2004! is not 0
+    return bool(abs(x - y) <= max(abs(x), abs(y)) / 10**PLACES)

@@ -185,7 +185,9 @@ def _other_rows(raw: list[Row], source: str, needs_answers: bool, notes: list[st
         prompt = row.get("prompt")
         if isinstance(prompt, str) and prompt.strip():
             prompt = [{"role": "user", "content": prompt}]
-        good = isinstance(prompt, list) and prompt and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+        good = (
+            isinstance(prompt, list) and prompt and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+        )
         if not good:
             raise Unusable(f"no column 'prompt' with text or messages (it has {', '.join(sorted(row))})")
         return {**row, "prompt": prompt, **({"answer": _gold(row)} if needs_answers else {})}
