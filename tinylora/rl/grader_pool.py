@@ -158,7 +158,5 @@ class _Process:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
-            try:
+            with contextlib.suppress(OSError):  # what was still to be flushed has no reader
                 pipe.close()
-            except OSError:  # what was still to be flushed has no reader
-                pass

@@ -50,6 +50,8 @@ def _plain(number: str) -> str | None:
 
 def extract_boxed(text: str) -> str | None:
     r"""The content of the last \boxed{...} that is closed and not empty; None where there is none. One pass."""
+    if "boxed" not in text:
+        return None
     opened: list[int | None] = []  # where each open brace's content starts if it is a box's
     answer = None
     for mark in re.finditer(r"\\f?boxed\s*\{|\\[{}\\]|[{}]", text):
@@ -106,7 +108,7 @@ _REPLACED = [
         (r"\\[dtc]frac", r"\\frac"),
         (r"\\frac\s*(\\[a-z]+|\d)\s*(\\[a-z]+|\d)(?![a-z])", r"\\frac{\1}{\2}"),
         (r"\\phantom\s*(?:\{[^{}]*\}|\S)", ""),
-        (r"\\(?:textbf|mathbf|boldsymbol|bm|bold)\s*\{([^{}]*)\}", r"\1"),
+        (r"\\(?:textbf|textit|mathbf|boldsymbol|bm|rm)\s*\{([^{}]*)\}", r"\1"),
         (
             r"\\(?:text|textrm|mathrm|mbox|rm|textit|operatorname)\s*\{\s*(?:and|or)\s*\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z])",
             ",",
@@ -175,7 +177,7 @@ def _same(gold: str, candidate: str, tolerance: float) -> bool:
 
 def _key(latex: str) -> str:
     """A form in which answers that are the same but for blanks, \\text and the brackets of a choice are the same text."""
-    key = re.sub(r"\\(?:text|textrm|mathrm|mbox|textit|operatorname)\s*\{([^{}]*)\}", r"\1", latex)
+    key = re.sub(r"\\(?:text|textrm|mathrm|mbox|operatorname)\s*\{([^{}]*)\}", r"\1", latex)
     key = re.sub(r"\s+", "", key)
     key = re.sub(r"^\(([A-Za-z])\)$", r"\1", key)
     key = re.sub(r"([\^_])\{(\w)\}", r"\1\2", key)
@@ -349,6 +351,8 @@ def _parsed(latex: str) -> tuple[Any, ...]:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     config = [LatexExtractionConfig(boxed_match_priority=0)]
     latex = re.sub(r"(?<![A-Za-z])\s+|\s+(?![A-Za-z])", "", latex)  # it takes the c of "a + b + c" for a unit
+    if latex[-1:].isalpha() and not re.search("[=<>]|\\\\[lg]e", latex):
+        latex = f"({latex})"
     boxed = rf"\boxed{{{latex}}}"
     return tuple(parse(boxed, config, fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None))
 

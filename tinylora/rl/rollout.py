@@ -4,8 +4,9 @@ Each prompt is prefilled once for all its samples. Rows that have ended leave th
 is merged or copied: the adapter is a handful of numbers per row. Which rows share a batch never changes what they sample.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +48,12 @@ def rollout(
     sampling: Sampling,
     first_sequence: int = 0,
     row_adapter: Sequence[int] | None = None,  # adapter of each prompt, where matrices hold several
+    on_completion: Callable[[int, Completion], None] | None = None,
 ) -> list[Completion]:
-    """`generations` completions of each prompt, prompt after prompt. Sequence i of the call is number first_sequence + i."""
+    """`generations` completions of each prompt, prompt after prompt. Sequence i of the call is number first_sequence + i.
+
+    on_completion(i, completion) is called for some of them while others still run, so that grading need not wait.
+    """
     longest = max(map(len, prompts)) + sampling.max_completion_length
     c = model.config
     per_row = 2 * c.num_layers * c.num_kv_heads * c.head_dim * longest * model.embedding.element_size()
@@ -58,7 +63,8 @@ def rollout(
         part = slice(start, start + turn)
         adapters = None if row_adapter is None else row_adapter[part]
         first = first_sequence + start * generations
-        completions += _rollout(model, matrices, prompts[part], generations, sampling, first, adapters)
+        done = None if on_completion is None else partial(_shifted, on_completion, start * generations)
+        completions += _rollout(model, matrices, prompts[part], generations, sampling, first, adapters, done)
     return completions
 
 
@@ -70,6 +76,7 @@ def _rollout(
     sampling: Sampling,
     first_sequence: int,
     row_adapter: Sequence[int] | None,
+    on_completion: Callable[[int, Completion], None] | None = None,
 ) -> list[Completion]:
     device, lengths = model.device, [len(p) for p in prompts]
     tokens = torch.tensor([t for p in prompts for t in p], device=device)
@@ -110,6 +117,10 @@ def _rollout(
             break
         if len(going) <= 0.75 * len(row):
             keep = _filled(going)
+            if on_completion is not None:
+                for i in sorted(set(row[ended[row]].tolist())):
+                    n = int(length[i])
+                    on_completion(i, Completion(out_tokens[i, :n].tolist(), out_logprobs[i, :n].tolist(), True))
             row, new, position = row[keep], new[keep], position[keep]
             cache.select(keep)
             if adapter is not None:
@@ -126,6 +137,10 @@ def _rollout(
     ):
         results.append(Completion(tokens_[:n], logprobs[:n], done))
     return results
+
+
+def _shifted(on_completion: Callable[[int, Completion], None], start: int, i: int, completion: Completion) -> None:
+    on_completion(start + i, completion)
 
 
 def _filled(rows: Tensor) -> Tensor:

@@ -155,7 +155,8 @@ def load_task(
     if name == "builtin":
         made = {s: problems.rows(s, n) for s, n in (("train", BUILTIN_TRAIN), ("test", BUILTIN_TEST))}
         known = Known("", None, BOTH, _gsm8k, "plain")
-        return Task(name, *(_known_rows(made[s], known, "plain", f"builtin {s}", []) for s in BOTH), answer_format="hash")
+        train, test = (_known_rows(made[s], known, "plain", f"builtin {s}", []) for s in BOTH)
+        return Task(name, train, test, "hash")
     entry = KNOWN.get(name)
     if entry is None and data is None and name.count("/") != 1:
         raise InputError(f"--dataset {name}: choose builtin, {', '.join(KNOWN)}, a hub id like owner/name, or give --data")
@@ -202,8 +203,8 @@ def _usable(raw: list[Row], use: Callable[[Row], Row], source: str, notes: list[
     for number, row in enumerate(raw, 1):
         try:
             rows.append(use(row))
-        except Unusable as reason:
-            skipped.setdefault(str(reason), []).append(number)
+        except Unusable as error:
+            skipped.setdefault(str(error), []).append(number)
     if raw and not rows:
         reason, numbers = next(iter(skipped.items()))
         raise InputError(f"{source} has no usable rows; row {numbers[0]}: {reason}")
@@ -219,7 +220,7 @@ def _hub(name: str, known: Known | None, splits: tuple[str, ...]) -> dict[str, l
     if known is not None:
         path, subset, places = known.hub, known.subset, {s: known.splits[s] for s in splits if s in known.splits}
     else:
-        path, _, subset = name.partition(":")  # type: ignore[assignment]
+        path, _, subset = name.partition(":")
         places = {s: s for s in splits}
     found: dict[str, list[Row]] = {"train": [], "test": []}
     for ours, theirs in places.items():

@@ -34,6 +34,11 @@ class Text:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
+def fitting_rows(rows: list[dict[str, Any]], text: Text, positions: int, completion: int) -> list[dict[str, Any]]:
+    """The rows whose prompt leaves room for `completion` tokens among the model's `positions`. No prompt is ever cut."""
+    return [row for row in rows if len(text.prompt(row["prompt"])) <= positions - completion]
+
+
 def _eos_ids(directory: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
     """From generation_config.json, whose sampling fields are not read; else config.json; always the tokenizer's too."""
     ids: set[int] = set() if tokenizer_eos is None else {tokenizer_eos}
