@@ -30,6 +30,10 @@ class Text:
         ids: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         return list(ids)
 
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The same as text, special tokens included."""
+        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
