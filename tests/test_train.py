@@ -326,8 +326,8 @@ def test_bad_flags(tmp_path, capsys, arguments, says):
 def test_bad_data(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     for content, says in (
-        ('{"prompt": "x", "answer": "#### 1"}\n', "row 1 has no text column 'question'"),
-        ('{"question": "x", "answer": "1"}\n', "the answer of row 1 does not end in '#### number'"),
+        ('{"prompt": "x", "answer": "#### 1"}\n', "row 1: no text column 'question'"),
+        ('{"question": "x", "answer": "1"}\n', "row 1: the answer does not end in '#### number'"),
         ('{"question": "x"\n', "line 1 is not JSON"),
         ("", "has no rows"),
     ):
@@ -386,7 +386,7 @@ def test_missing_chat_template(tmp_path, capsys, tiny_model):
 
 def test_trainer_writes_nothing_before_everything_is_checked(tmp_path, monkeypatch):
     """The last thing construction does is to start the run's directory."""
-    monkeypatch.setattr(Trainer, "_fitting", lambda self, rows: ([], 0))
+    monkeypatch.setattr(Trainer, "_fitting", lambda self, rows, kind: [])
     with pytest.raises(InputError, match="usable prompts"):
         run("--output-dir", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

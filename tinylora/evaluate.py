@@ -1,7 +1,6 @@
 """python -m tinylora.evaluate: score a model, and an adapter beside it, on held-out problems."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from tinylora.adapter import Adapter, base_hash, load_adapter
 from tinylora.cli import run_command, table
 from tinylora.errors import InputError
 from tinylora.files import write_text
+from tinylora.kernels import dispatch
 from tinylora.model import load_model
 from tinylora.model.decoder import Decoder
 from tinylora.model.loader import resolve_model
@@ -229,7 +229,7 @@ def answer(
         "adapter": None if adapter is None else about_adapter(adapter),
         "dtype": str(model.dtype),
         "device": model.device.type if model.device.type == "cpu" else torch.cuda.get_device_name(model.device),
-        "backend": os.environ.get("TINYLORA_BACKEND", ""),
+        "backend": dispatch.backend(model.device.type),
         "versions": [tinylora.__version__, torch.__version__],
         "tokenizer": digest(text.tokenizer.get_vocab()),  # the same ids may read differently
     }

@@ -8,8 +8,11 @@ import tyro
 
 from tinylora.cli import read_settings, run_command, split_flag
 from tinylora.errors import InputError
+from tinylora.model.loader import resolve_model
 from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
 from tinylora.rl.evaluation import summary
+from tinylora.rl.plan import dry_run, first_row
+from tinylora.rl.text import Text
 from tinylora.rl.trainer import Trainer
 
 
@@ -55,7 +58,15 @@ def describe(trainer: Trainer) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    trainer = Trainer(parse(arguments))
+    config = parse(arguments)
+    if config.dry_run:
+        print(dry_run(config, split_flag([dashed(a) for a in arguments], "--config")[0]))
+        return 0
+    if config.show_prompt:
+        row = first_row(config)
+        print(Text(resolve_model(config.model, weights=False)).render(row["prompt"]) if row else "there are no training rows")
+        return 0
+    trainer = Trainer(config)
     print(describe(trainer), flush=True)
     finished = trainer.train()
     path = trainer.run_directory.path
