@@ -175,6 +175,7 @@ def _known_rows(raw: list[Row], known: Known, style: str, source: str, notes: li
     def use(row: Row) -> Row:
         row = dict(row)
         question, gold = known.read(row)
+        question = question.strip()
         solution = {"solution": row["answer"]} if known.read is _gsm8k else {}
         return {**row, "question": question, "prompt": messages(question, style), **solution, "answer": gold}
 
@@ -240,7 +241,8 @@ def _local(path: Path, name: str, splits: tuple[str, ...]) -> dict[str, list[Row
     if (path / name).is_dir():
         path = path / name
     if not path.is_dir():
-        return _held_out(_rows_of(path))
+        all_test = path.stem == "test" or (name in KNOWN and "train" not in KNOWN[name].splits)
+        return {"train": [], "test": _rows_of(path)} if all_test else _held_out(_rows_of(path))
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _from_disk(path)
     found: dict[str, list[Row]] = {"train": [], "test": []}
