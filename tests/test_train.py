@@ -288,7 +288,7 @@ def test_twenty_steps_of_gsm8k_through_the_graders_processes(tmp_path, text_mode
 
     monkeypatch.setattr(GraderPool, "submit", watched)
     monkeypatch.setattr(trainer_module, "rollout", noted)
-    flags = ["--model", str(model), "--data", str(GSM8K), "--max-steps", "20", "--max-completion-length", "64", "--n-tie", "4"]
+    flags = ["--model", str(model), "--data", str(GSM8K), "--max-steps", "20", "--max-completion-length", "128", "--n-tie", "4"]
     flags += [
         "--eval-size",
         "0",
@@ -307,7 +307,9 @@ def test_twenty_steps_of_gsm8k_through_the_graders_processes(tmp_path, text_mode
     assert all(r["grader/timeout"] == r["grader/crash"] == 0 and 0 <= r["accuracy/flexible"] <= 1 for r in steps)
     assert during, "nothing was graded while the model generated"
     steady = steps[1:]  # the first waits for the processes to come up
-    assert sum(r["reward_time"] for r in steady) < 0.05 * sum(r["step_time"] for r in steady)
+    share = sum(r["reward_time"] for r in steady) / sum(r["step_time"] for r in steady)
+    print(f"waiting for verdicts took {share:.1%} of the time, {len(during)} of {len(all_of_them)} came while generating")
+    assert share < 0.05
 
 
 @pytest.mark.parametrize("style", ["auto", "qwen-boxed", "plain"])

@@ -96,6 +96,8 @@ def grade(text: str, gold: str, answer_format: str, tolerance: float = 0.0) -> V
     return Verdict({"strict": strict, "flexible": flexible}, {"strict": strict_right, "flexible": flexible_right})
 
 
+_DECIMAL = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
+
 # ---- comparison ---------------------------------------------------------------------------------------------------------
 
 _REPLACED = [
@@ -136,7 +138,11 @@ def _clean(latex: str) -> str:
 
 def same_answer(gold: str, candidate: str | None, tolerance: float = 0.0) -> bool:
     """Whether the candidate is the gold answer; both LaTeX or plain."""
-    if candidate is None or len(candidate) > LONGEST_ANSWER or _depth(candidate) > DEEPEST_ANSWER:
+    if candidate is None or len(candidate) > LONGEST_ANSWER:
+        return False
+    if tolerance == 0 and _DECIMAL.fullmatch(gold) and _DECIMAL.fullmatch(candidate):  # nearly all of GSM8K, 20 times faster
+        return Decimal(gold) == Decimal(candidate)
+    if _depth(candidate) > DEEPEST_ANSWER:
         return False
     return _same(_clean(gold), _clean(candidate), tolerance)
 

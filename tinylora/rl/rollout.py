@@ -52,7 +52,7 @@ def rollout(
 ) -> list[Completion]:
     """`generations` completions of each prompt, prompt after prompt. Sequence i of the call is number first_sequence + i.
 
-    on_completion(i, completion) is called for some of them while others still run, so that grading need not wait.
+    on_completion(i, completion) is called for each that ends by itself, while others still run: grading need not wait.
     """
     longest = max(map(len, prompts)) + sampling.max_completion_length
     c = model.config
@@ -111,16 +111,17 @@ def _rollout(
         # values as the row they repeat.
         out_tokens[row, step], out_logprobs[row, step] = new, logp.float()
         length[row] += ~ended[row]
-        ended[row] |= torch.isin(new, eos)
+        ends = torch.isin(new, eos)
+        if on_completion is not None:
+            for i in sorted(set(row[ends & ~ended[row]].tolist())):  # a set: filler rows repeat one
+                n = int(length[i])
+                on_completion(i, Completion(out_tokens[i, :n].tolist(), out_logprobs[i, :n].tolist(), True))
+        ended[row] |= ends
         going = (~ended[row]).nonzero().squeeze(1)
         if len(going) == 0 or step + 1 == sampling.max_completion_length:
             break
         if len(going) <= 0.75 * len(row):
             keep = _filled(going)
-            if on_completion is not None:
-                for i in sorted(set(row[ended[row]].tolist())):
-                    n = int(length[i])
-                    on_completion(i, Completion(out_tokens[i, :n].tolist(), out_logprobs[i, :n].tolist(), True))
             row, new, position = row[keep], new[keep], position[keep]
             cache.select(keep)
             if adapter is not None:
