@@ -94,3 +94,17 @@ def test_one_adapter_per_prompt(adapted):
         for i, (prompt, a) in enumerate(zip(PROMPTS, owner, strict=True)):
             alone = rollout(model, adapter.matrices(vs[a]), [prompt], 4, SAMPLING, first_sequence=4 * i)
             same(mixed[4 * i : 4 * i + 4], alone)
+
+
+def test_completions_are_handed_over_as_they_end(adapted, monkeypatch):
+    """Each that ends by itself, once, as it is returned in the end, and most of them while others still run."""
+    model, _, matrices = adapted
+    for cache_bytes in (1 << 30, 1):  # all at once, and prompt after prompt
+        monkeypatch.setitem(rollout_module.CACHE_BYTES, "cpu", cache_bytes)
+        given: list[tuple[int, Completion]] = []
+        completions = rollout(model, matrices, PROMPTS, 8, SAMPLING, on_completion=lambda i, c: given.append((i, c)))
+        same(completions, rollout(model, matrices, PROMPTS, 8, SAMPLING))
+        assert sorted(i for i, _ in given) == [i for i, c in enumerate(completions) if c.finished]
+        assert all(c == completions[i] for i, c in given)
+        lengths = [len(c.tokens) for _, c in given]
+        assert cache_bytes == 1 or lengths == sorted(lengths), "the shortest come first"
