@@ -102,7 +102,8 @@ def test_completions_are_handed_over_as_they_end(adapted, monkeypatch):
     for cache_bytes in (1 << 30, 1):  # all at once, and prompt after prompt
         monkeypatch.setitem(rollout_module.CACHE_BYTES, "cpu", cache_bytes)
         given: list[tuple[int, Completion]] = []
-        completions = rollout(model, matrices, PROMPTS, 8, SAMPLING, on_completion=lambda i, c: given.append((i, c)))
+        take = lambda i, c, given=given: given.append((i, c))  # noqa: E731
+        completions = rollout(model, matrices, PROMPTS, 8, SAMPLING, on_completion=take)
         same(completions, rollout(model, matrices, PROMPTS, 8, SAMPLING))
         assert sorted(i for i, _ in given) == [i for i, c in enumerate(completions) if c.finished]
         assert all(c == completions[i] for i, c in given)
