@@ -41,6 +41,7 @@ def test_tolerance_is_absolute_and_inclusive() -> None:
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"first \boxed{5}, no, \boxed{6}", "6"),
         (r"\boxed {5}", "5"),
+        (r"\boxed{5} of {1, 5}", "5"),
         (r"\fbox{5}", None),
         (r"\boxed{5", None),
         (r"\boxed{5} and \boxed{6", "5"),
