@@ -59,3 +59,29 @@ def tiny_model(tmp_path: Path) -> Callable[..., Path]:
         return directory
 
     return make
+
+
+@pytest.fixture
+def text_model(tiny_model: Callable[..., Path]) -> Callable[[list[str]], Path]:
+    """A function: a random small Qwen2 with a byte-level tokenizer trained on the given texts, and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    def make(texts: list[str]) -> Path:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        tokenizer.train_from_iterator(
+            texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
+        )
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            eos_token="<|end|>",
+            chat_template="{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>",
+        )
+        path = tiny_model("qwen2", vocab_size=len(fast), max_position_embeddings=1024)
+        fast.save_pretrained(path)
+        return path
+
+    return make

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinylora import basis
-from tinylora.basis import compute_basis, truncated_svd
+from tinylora.basis import BASES, compute_basis, control_basis, truncated_svd
 from tinylora.files import cache_dir
 
 SHAPES = [(60, 24), (24, 60), (40, 40), (37, 23), (1, 9), (5, 4)]  # (N, K)
@@ -197,3 +197,33 @@ def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_dir() == tmp_path / "home" / ".cache" / "tinylora"
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
+@pytest.mark.parametrize("kind", ["bottom", "random"])
+def test_control_subspaces(shape: tuple[int, int], kind: str) -> None:
+    """The sizes are the largest singular values, and only the directions differ: bottom ones span the smallest singular
+    directions, random ones hold no more of the weight than chance gives."""
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    u, sigma, vh = torch.linalg.svd(w.double(), full_matrices=False)
+    a, b = (x.double() for x in control_basis(w, 2, kind, "model.layers.0.mlp.up_proj"))
+    torch.testing.assert_close(a @ a.T, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(b.T @ b, torch.diag(sigma[:2] ** 2), rtol=1e-5, atol=1e-5)
+    inside = ((vh[-2:] @ a.T) ** 2).sum().item(), (((u[:, -2:].T @ b) / sigma[:2]) ** 2).sum().item()
+    if kind == "bottom":
+        assert inside[0] > 2 - 1e-5 and inside[1] > 2 - 1e-5
+    else:
+        assert max(inside) < 1.0, "two random directions of 24 or more share about 2 * 2 / 24 of two others"
+    again = control_basis(w, 2, kind, "model.layers.0.mlp.up_proj")
+    other = control_basis(w, 2, kind, "model.layers.1.mlp.up_proj")
+    assert torch.equal(again[0].double(), a) and torch.equal(other[0].double(), a) is (kind == "bottom")
+
+
+def test_controls_are_cached_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path))
+    weights = {"m": torch.randn(12, 8, generator=torch.Generator().manual_seed(0))}
+    found = {kind: compute_basis(weights, 2, "key", kind)["m"][0] for kind in BASES}
+    assert len(list(tmp_path.glob("basis-key-*"))) == 3
+    for kind in BASES:
+        assert torch.equal(compute_basis(weights, 2, "key", kind)["m"][0], found[kind])
+    assert not torch.equal(found["top"], found["bottom"]) and not torch.equal(found["top"], found["random"])

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tinylora.errors import InputError
-from tinylora.rl.rewards import accuracy_reward, call_reward, extract_flexible, extract_strict, load_reward, same_number
+from tinylora.rl.grading import extract_flexible, extract_strict, same_number
+from tinylora.rl.rewards import accuracy_reward, call_reward, load_reward
 
 GSM8K = Path(__file__).parent.parent.parent / "shared" / "data" / "gsm8k"
 ROWS = {"train": 7473, "test": 1319}

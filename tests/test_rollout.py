@@ -140,3 +140,16 @@ def test_one_adapter_per_prompt(adapted):
         for i, (prompt, a) in enumerate(zip(PROMPTS, owner, strict=True)):
             alone = rollout(model, adapter.matrices(vs[a]), [prompt], 4, SAMPLING, first_sequence=4 * i)
             same(mixed[4 * i : 4 * i + 4], alone)
+
+
+@pytest.mark.parametrize("slots", [None, 3])
+def test_completions_are_handed_over_as_they_end(adapted, slots):
+    """Each once, as it is returned in the end; all at once, and with refill."""
+    model, _, matrices = adapted
+    given: list[tuple[int, Completion]] = []
+    completions = rollout(model, matrices, PROMPTS, 8, SAMPLING, slots=slots, on_completion=lambda i, c: given.append((i, c)))
+    same(completions, rollout(model, matrices, PROMPTS, 8, SAMPLING))
+    assert sorted(i for i, _ in given) == list(range(40))
+    assert all(c == completions[i] for i, c in given)
+    lengths = [len(c.tokens) for _, c in given]
+    assert slots or lengths == sorted(lengths), "the shortest come first"

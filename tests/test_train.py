@@ -15,7 +15,12 @@ import pytest
 import torch
 
 from tinylora import evaluate, train
+from tinylora.adapter import load_adapter
 from tinylora.errors import InputError
+from tinylora.model import load_model
+from tinylora.rl import trainer as trainer_module
+from tinylora.rl.grader_pool import GraderPool
+from tinylora.rl.rewards import random_rewards
 from tinylora.rl.run_directory import CLOCK_METRICS
 from tinylora.rl.trainer import Trainer
 
@@ -226,33 +231,13 @@ def test_unscorable_completions_carry_no_gradient(tmp_path, rewards):
 # ---- real text ----------------------------------------------------------------------------------------------------------
 
 
-def text_model(tiny_model, texts: list[str]) -> Path:
-    """A random small Qwen2 with a byte-level tokenizer trained on these texts and a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|end|>", "<|user|>", "<|assistant|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet))
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|end|>",
-        chat_template="{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>",
-    )
-    path = tiny_model("qwen2", vocab_size=len(fast), max_position_embeddings=1024)
-    fast.save_pretrained(path)
-    return path
-
-
-def test_gsm8k_end_to_end(tmp_path, tiny_model, rewards):
+def test_gsm8k_end_to_end(tmp_path, text_model, rewards):
     """Real questions through prompts, template, rollout, grading and update, with a random model and its own tokenizer."""
     data = ROOT.parent / "shared" / "data" / "gsm8k"
     if not data.is_dir():
         pytest.skip(f"needs GSM8K as JSONL in {data}")
     lines = (data / "train.jsonl").read_text().splitlines()[:200]
-    model = text_model(tiny_model, [json.loads(line)["question"] + json.loads(line)["answer"] for line in lines])
+    model = text_model([json.loads(line)["question"] + json.loads(line)["answer"] for line in lines])
     path = tmp_path / "run"
     base = ["--model", str(model), "--dataset", "gsm8k", "--data", str(data), "--output-dir", str(path), "--max-steps", "2"]
     base += [
@@ -273,6 +258,259 @@ def test_gsm8k_end_to_end(tmp_path, tiny_model, rewards):
     assert metrics[0]["eval/n"] == 8 and metrics[-1]["eval/n"] == 8
     assert metrics[2]["adapter/norm"] > 0 and metrics[2]["completions/mean_length"] > 1
     assert json.loads((path / "config.json").read_text())["num_parameters"] == 4
+
+
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
+
+
+def test_twenty_steps_of_gsm8k_through_the_graders_processes(tmp_path, text_model, monkeypatch):
+    """Every completion is graded in a process, some while others are still being generated; waiting for verdicts takes
+    under 5 % of the steps' time."""
+    if not GSM8K.is_dir():
+        pytest.skip(f"needs GSM8K as JSONL in {GSM8K}")
+    texts = [json.loads(line) for line in (GSM8K / "train.jsonl").read_text().splitlines()[:200]]
+    model = text_model([row["question"] + row["answer"] for row in texts])
+    during, all_of_them = [], []
+    submit, roll_out = GraderPool.submit, trainer_module.rollout
+    generating = [False]
+
+    def watched(self, *job):
+        all_of_them.append(job)
+        during.extend([job] * generating[0])
+        return submit(self, *job)
+
+    def noted(*arguments, **named):
+        generating[0] = True
+        try:
+            return roll_out(*arguments, **named)
+        finally:
+            generating[0] = False
+
+    monkeypatch.setattr(GraderPool, "submit", watched)
+    monkeypatch.setattr(trainer_module, "rollout", noted)
+    flags = ["--model", str(model), "--data", str(GSM8K), "--max-steps", "20", "--max-completion-length", "128", "--n-tie", "4"]
+    flags += [
+        "--eval-size",
+        "0",
+        "--prompts-per-step",
+        "8",
+        "--extractor",
+        "flexible",
+        "--dead-steps",
+        "0",
+        "--temperature",
+        "2",
+    ]
+    assert run("--output-dir", str(tmp_path / "run"), *flags) == 0
+    steps = [r for r in rows(tmp_path / "run") if "reward" in r]
+    assert len(steps) == 20 and len(all_of_them) == 20 * 8 * 4
+    assert all(r["grader/timeout"] == r["grader/crash"] == 0 and 0 <= r["accuracy/flexible"] <= 1 for r in steps)
+    assert during, "nothing was graded while the model generated"
+    steady = steps[1:]  # the first waits for the processes to come up
+    share = sum(r["reward_time"] for r in steady) / sum(r["step_time"] for r in steady)
+    print(f"waiting for verdicts took {share:.1%} of the time, {len(during)} of {len(all_of_them)} came while generating")
+    assert share < 0.05
+
+
+@pytest.mark.parametrize("style", ["auto", "qwen-boxed", "plain"])
+def test_show_prompt(tmp_path, text_model, capsys, style):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "What is 1 + 1?", "answer": "#### 2"}\n')
+    model = text_model(["What is 1 + 1?"])
+    flags = ["--model", str(model), "--data", str(file), "--prompt-style", style, "--output-dir", str(tmp_path / "run")]
+    assert train.main([*flags, "--show-prompt"]) == 0
+    user = "<|user|>What is 1 + 1?"
+    assert (
+        capsys.readouterr().out
+        == {
+            "auto": user + ' Let\'s think step by step and output the final answer after "####".<|assistant|>\n',
+            "qwen-boxed": "<|system|>Please reason step by step, and put your final answer within \\boxed{}."
+            + user
+            + "<|assistant|>\n",
+            "plain": user + "<|assistant|>\n",
+        }[style]
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_any_data_with_a_prompt_column(tmp_path, text_model, rewards):
+    """No gold answers: the user's function alone, and no accuracy."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"Say {i}", "question": i, "solution": "-"}) + "\n" for i in range(30)))
+    flags = ["--model", str(text_model(["Say 1 2 3"])), "--dataset", "mine", "--data", str(file), "--n-tie", "4"]
+    flags += ["--max-completion-length", "16", "--max-steps", "2", "--prompts-per-step", "4"]
+    assert run("--output-dir", str(tmp_path / "run"), *flags, "--reward", "my_rewards:looks") == 0
+    steps = rows(tmp_path / "run")
+    assert [r["step"] for r in steps] == [1, 2] and all("accuracy" not in r and r["reward"] > 0 for r in steps)
+    with pytest.raises(InputError, match="no gold answer"):
+        run("--output-dir", str(tmp_path / "other"), *flags)
+
+
+# ---- controls -----------------------------------------------------------------------------------------------------------
+
+
+def test_random_reward_is_a_fair_coin_that_knows_no_answer(tmp_path):
+    """And the same coin for the same seed and step."""
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert run("--output-dir", str(tmp_path / name), "--reward", "random", "--seed", seed, "--max-steps", "3", *SHORT) == 0
+    steps = [r for r in rows(tmp_path / "a") if "reward" in r]
+    assert all("rewards/random/mean" in r and 0 < r["reward"] < 1 for r in steps)
+    assert timeless(tmp_path / "a") == timeless(tmp_path / "b")
+    flips = torch.tensor([random_rewards(64, seed, step) for seed in range(10) for step in range(100)])  # (1000, 64)
+    assert abs(flips.mean().item() - 0.5) < 4 * 0.5 / 64_000**0.5
+    assert len({tuple(row) for row in flips.tolist()}) == 1000
+
+
+def test_format_only_reward_pays_for_any_answer(tmp_path):
+    """Every completion of the built-in base ends with "#### n", so there is nothing to learn: ten dead steps, and it stops."""
+    out = io.StringIO()
+    path = tmp_path / "run"
+    with contextlib.redirect_stdout(out):
+        assert train.main(["--output-dir", str(path), "--reward", "format-only", *SHORT]) == 1
+    steps = [r for r in rows(path) if "reward" in r]
+    assert len(steps) == 10 and all(r["reward"] == 1 and r["frac_reward_zero_std/all_right"] == 1 for r in steps)
+    assert "stopped after step 10: nothing to learn from in the last 10 steps" in out.getvalue()
+    assert "there is no good step" in out.getvalue()
+
+
+def test_ten_dead_steps_stop_the_run_and_name_the_last_good_one(tmp_path):
+    """A learning rate ten times too high ruins the model at its first step. Resumed, the run does not go on for ever."""
+    path, out = tmp_path / "run", io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert train.main(["--output-dir", str(path), "--learning-rate", "0.1", "--max-steps", "60", "--eval-size", "0"]) == 1
+    dead = [r["frac_reward_zero_std"] == 1 for r in rows(path)]
+    good = max(i + 1 for i, d in enumerate(dead) if not d)
+    assert len(dead) == good + 10 and all(dead[good:])
+    assert (
+        f"the last good step is {good} (python -m tinylora.evaluate --adapter {path} --adapter-step {good})" in out.getvalue()
+    )
+    assert run("--output-dir", str(path), "--resume") == 1
+    assert len(rows(path)) <= good + 11
+
+
+def test_the_best_adapter_is_chosen_on_held_out_training_rows(tmp_path, monkeypatch):
+    path, scored = tmp_path / "run", []
+    original = Trainer._scores
+
+    def noted(self, some, matrices):
+        scored.append({row["question"] for row in some})
+        return original(self, some, matrices)
+
+    monkeypatch.setattr(Trainer, "_scores", noted)
+    flags = [
+        "--eval-steps",
+        "5",
+        "--validation-size",
+        "48",
+        "--max-steps",
+        "15",
+        "--eval-size",
+        "32",
+        "--learning-rate",
+        "0.02",
+    ]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert train.main(["--output-dir", str(path), *flags]) == 0
+    validated = {r["step"]: r["validation/accuracy"] for r in rows(path) if "validation/accuracy" in r}
+    assert list(validated) == [0, 5, 10, 15]
+    assert [r["step"] for r in rows(path) if "eval/n" in r] == [0, 15], "the test rows are scored before and after alone"
+    best = max(validated, key=lambda step: validated[step])
+    assert best > 0 and f"best on held-out training rows: step {best}, in {path / 'best'}" in out.getvalue()
+    assert json.loads((path / "best" / "validation.json").read_text())["step"] == best
+    v = next(r["adapter/v"] for r in rows(path) if r["step"] == best and "adapter/v" in r)
+    model = load_model("builtin", "cpu")
+    assert load_adapter(path / "best", model).v.flatten().tolist() == v
+    trainer = Trainer(train.parse(["--output-dir", str(tmp_path / "other"), *flags]))
+    held_out = {row["question"] for row in trainer.validation_rows}
+    assert len(held_out) == 48 and not held_out & {row["question"] for row in trainer.train_rows}
+    assert {frozenset(s) for s in scored} == {frozenset(held_out), frozenset(row["question"] for row in trainer.test_rows)}
+
+
+def test_the_last_checkpoint_is_not_the_best_where_it_got_worse(tmp_path, monkeypatch):
+    """Scores of held-out rows as given here: 0.2 for the base, then 0.3, 0.5, 0.4."""
+    given = iter([0.2, 0.3, 0.5, 0.4])
+
+    class Given:
+        def metrics(self):
+            return {"eval/accuracy": next(given)}
+
+    monkeypatch.setattr(Trainer, "_scores", lambda *_: Given())
+    path = tmp_path / "run"
+    flags = ["--eval-steps", "1", "--max-steps", "3", "--eval-size", "0", "--prompts-per-step", "4"]
+    assert run("--output-dir", str(path), *flags) == 0
+    assert json.loads((path / "best" / "validation.json").read_text()) == {"step": 2, "validation/accuracy": 0.5}
+    assert (path / "best" / "adapter_model.safetensors").read_bytes() != (
+        path / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("basis", ["random", "bottom"])
+def test_other_subspaces_train_and_load(tmp_path, basis):
+    path = tmp_path / "run"
+    assert run("--output-dir", str(path), "--basis", basis, "--max-steps", "2", *SHORT) == 0
+    assert rows(path)[2]["adapter/norm"] > 0
+    assert json.loads((path / "adapter" / "adapter_config.json").read_text())["basis"] == basis
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        evaluate.main(["--adapter", str(path), "--eval-size", "32"])
+    last = rows(path)[-1]
+    assert json.loads(out.getvalue().splitlines()[-1])["eval/accuracy"] == last["eval/accuracy"]
+
+
+# ---- recipes ------------------------------------------------------------------------------------------------------------
+
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=[path.stem for path in RECIPES])
+def test_every_recipe_has_a_plan_from_config_files_alone(recipe, capsys, monkeypatch):
+    """No weights, no tokenizer, no rows: the trained numbers are those of the file's name, and what a step holds adds up."""
+    monkeypatch.setattr("tinylora.train.Trainer", None)
+    monkeypatch.setattr("tinylora.rl.plan.resolve_model", None)
+    assert train.main(["--config", str(recipe), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    numbers = int(recipe.stem.rsplit("-", 1)[1])
+    assert f"trained numbers  {numbers} ({4 * numbers} bytes in float32)" in out
+    config = train.parse(["--config", str(recipe)])
+    assert f"model            {config.model}:" in out and "(the question)" in out
+    assert f"{config.prompts_per_step} prompts x {config.num_generations} completions" in out
+    text = recipe.read_text()
+    assert "# The paper gives:" in text and "# It does not give:" in text and "# We chose:" in text
+    assert config.learning_rate <= 2e-4 and config.warmup_steps == 10 and config.max_grad_norm == 0
+
+
+def test_there_is_a_recipe_for_every_run_of_the_paper():
+    sizes = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b", "llama-3.2-3b", "llama-3.1-8b")
+    names = {f"gsm8k-{size}-{count}" for size in sizes for count in (1, 13, 196)}
+    names |= {f"math-{size}-{count}" for size in ("qwen2.5-3b", "qwen2.5-7b", "qwen2.5-math-7b") for count in (13, 196)}
+    assert {path.stem for path in RECIPES} == names
+    seven = train.parse(["--config", str(ROOT / "recipes" / "gsm8k-qwen2.5-7b-13.toml")])
+    assert (seven.prompts_per_step, seven.num_generations, seven.learning_rate, seven.n_tie, seven.u) == (16, 4, 2e-4, 16, 1)
+    assert (seven.lr_scheduler_type, seven.warmup_steps, seven.max_grad_norm, seven.beta) == ("constant", 10, 0.0, 0.0)
+
+
+def test_the_plans_figures(capsys):
+    """Qwen2.5-7B by hand: 7,615,283,200 weights (the biases of q, k, v and the norms apart), 57,344 bytes a token."""
+    assert train.main(["--config", str(ROOT / "recipes" / "gsm8k-qwen2.5-7b-13.toml"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    layer = 3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944
+    assert f"28 layers, {28 * layer + 2 * 152064 * 3584:,} weights in bfloat16" in out
+    assert "weights 15.2 GB" in out and "keys and values 57.3 kB a token" in out
+    assert "adapted modules  196, in 13 groups (tiled, n_tie 16), basis top" in out
+    assert f"at most {64 * (200 + 4096):,} tokens" in out
+    # 4 FLOP for each weight of a layer or of the head and each token, at 770 TFLOP/s
+    assert f"update {4 * (28 * layer + 152064 * 3584) * 64 * 4296 / 770e12:.2f} s" in out
+
+
+def test_a_plan_with_the_models_own_tokenizer(tmp_path, text_model, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "What is 1 + 1?", "answer": "#### 2"}\n')
+    model = text_model(["What is 1 + 1?"])
+    (model / "model.safetensors").unlink()
+    flags = ["--model", str(model), "--data", str(file), "--output-dir", str(tmp_path / "run")]
+    assert train.main([*flags, "--n-tie", "4", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "trained numbers  4 (16 bytes in float32)" in out and "<|user|>What is 1 + 1?" in out
+    assert not (tmp_path / "run").exists()
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------------
@@ -326,8 +564,8 @@ def test_bad_flags(tmp_path, capsys, arguments, says):
 def test_bad_data(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     for content, says in (
-        ('{"prompt": "x", "answer": "#### 1"}\n', "row 1 has no text column 'question'"),
-        ('{"question": "x", "answer": "1"}\n', "the answer of row 1 does not end in '#### number'"),
+        ('{"prompt": "x", "answer": "#### 1"}\n', "row 1: no text column 'question'"),
+        ('{"question": "x", "answer": "1"}\n', "row 1: the answer does not end in '#### number'"),
         ('{"question": "x"\n', "line 1 is not JSON"),
         ("", "has no rows"),
     ):
@@ -386,7 +624,7 @@ def test_missing_chat_template(tmp_path, capsys, tiny_model):
 
 def test_trainer_writes_nothing_before_everything_is_checked(tmp_path, monkeypatch):
     """The last thing construction does is to start the run's directory."""
-    monkeypatch.setattr(Trainer, "_fitting", lambda self, rows: ([], 0))
+    monkeypatch.setattr(Trainer, "_fitting", lambda self, rows, kind: [])
     with pytest.raises(InputError, match="usable prompts"):
         run("--output-dir", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tinylora import prng
-from tinylora.basis import compute_basis
+from tinylora.basis import BASES, compute_basis
 from tinylora.errors import InputError
 from tinylora.files import write_safetensors, write_text
 from tinylora.kernels.frozen_linear import padded_segments
@@ -51,6 +51,7 @@ class TinyLoRAConfig:
     seed: int = 0
     projection_seed: int | None = None  # None: seed
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    basis: Literal["top", "bottom", "random"] = "top"
 
     def __post_init__(self) -> None:
         for name in ("r", "u"):
@@ -62,6 +63,8 @@ class TinyLoRAConfig:
             raise InputError(f"--tie-mode {self.tie_mode}: choose tiled or structured")
         if self.param_dtype not in _DTYPES:
             raise InputError(f"--param-dtype {self.param_dtype}: choose one of {', '.join(_DTYPES)}")
+        if self.basis not in BASES:
+            raise InputError(f"--basis {self.basis}: choose one of {', '.join(BASES)}")
         unknown = set(self.target_modules) - set(PROJECTIONS)
         if unknown or not self.target_modules:
             raise InputError(f"--target-modules {sorted(unknown) or '(none)'}: choose from {', '.join(PROJECTIONS)}")
@@ -102,7 +105,7 @@ class Adapter:
         groups = max(self.group_of.values()) + 1
         weights = model.weights(config.target_modules)
         key = _hash(*(model.digests.get(f"{name}.weight", "") for name in weights), str(model.dtype))
-        self.factors = compute_basis(weights, config.r, key)
+        self.factors = compute_basis(weights, config.r, key, config.basis)
         model.pack_factors(self.factors)
         self.projections = {name: _projection(config, name) for name in weights}
         self.projection_hash = _hash(*(p.numpy().tobytes() for p in self.projections.values()))

@@ -4,9 +4,13 @@ Never a full SVD. Up to `DENSE` on the smaller side: the Gram matrix in fp64 and
 forming it. Both are checked against the same residual, because randomised iteration quietly misses flat spectra. In fp64
 the factors, rounded to fp32, hardly depend on the thread count; their bits still may, so adapters compare them by
 tolerance.
+
+Two controls keep those singular values and change the directions alone: "bottom" takes the r smallest singular directions,
+"random" takes random orthonormal ones.
 """
 
 import warnings
+import zlib
 
 import torch
 from safetensors import SafetensorError
@@ -14,11 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from tinylora import prng
 from tinylora.files import cache_dir, write_safetensors
 
 DENSE = 2048  # smaller sides up to this are solved densely
 TOLERANCE = 1e-6  # of sigma_1, on both residuals
 _CACHE_VERSION = 1
+BASES = ("top", "bottom", "random")
+_RANDOM_STREAM = 0xBA515  # names the stream of random directions
 
 
 def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -41,6 +48,25 @@ def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
     u, v = (big, small) if tall else (small, big)
     signs = v.gather(0, v.abs().argmax(0, keepdim=True)).sign()
     return (v * signs).T.float().contiguous(), (u * sigma * signs).float().contiguous()
+
+
+def control_basis(weight: Tensor, r: int, basis: str, name: str) -> tuple[Tensor, Tensor]:
+    """A (r, K) with orthonormal rows and B (N, r) with orthogonal columns as long as the r largest singular values; float32.
+
+    basis "bottom": the r smallest singular directions, smallest first; "random": the same for the same name everywhere.
+    """
+    sigma = truncated_svd(weight, r)[1].double().norm(dim=0)  # (r,)
+    w = weight.detach().double()
+    if basis == "bottom":
+        tall = w.shape[0] >= w.shape[1]
+        x = w if tall else w.T
+        small = torch.linalg.eigh(x.T @ x).eigenvectors[:, :r]  # (small, r), dense at every size: it is a control
+        big = torch.linalg.qr(x @ small).Q
+        u, v = (big, small) if tall else (small, big)
+    else:
+        keys = _RANDOM_STREAM, zlib.crc32(name.encode())
+        u, v = (torch.linalg.qr(prng.normal((size, r), *keys, side)).Q.to(w) for side, size in enumerate(w.shape))
+    return v.T.float().contiguous(), (u * sigma).float().contiguous()
 
 
 def _dense(x: Tensor, r: int) -> Tensor:
@@ -74,12 +100,13 @@ def _block_lanczos(x: Tensor, r: int, block: int = 8, most: int = 800) -> Tensor
         basis, images = torch.cat([basis, q], 1), torch.cat([images, x.T @ (x @ q)], 1)
 
 
-def compute_basis(weights: dict[str, Tensor], r: int, key: str) -> dict[str, tuple[Tensor, Tensor]]:
+def compute_basis(weights: dict[str, Tensor], r: int, key: str, basis: str = "top") -> dict[str, tuple[Tensor, Tensor]]:
     """A and B of each named weight, from the cache file `key` if it is whole, else computed and cached.
 
     `key` must name the weights' content. A cache that cannot be read or written costs time, never the run.
     """
-    path = cache_dir() / f"basis-{key}-r{r}-v{_CACHE_VERSION}.safetensors"
+    kind = "" if basis == "top" else f"-{basis}"
+    path = cache_dir() / f"basis-{key}-r{r}{kind}-v{_CACHE_VERSION}.safetensors"
     try:
         stored = load_file(path)
         return {name: (stored[f"{name}.A"], stored[f"{name}.B"]) for name in weights}
@@ -88,7 +115,10 @@ def compute_basis(weights: dict[str, Tensor], r: int, key: str) -> dict[str, tup
     except (OSError, SafetensorError, KeyError) as error:
         warnings.warn(f"ignoring the unreadable factor cache {path}: {error}", stacklevel=2)
     names = tqdm(weights, desc="factors", unit="weight", leave=False, delay=2)
-    factors = {name: truncated_svd(weights[name], r) for name in names}
+    factors = {
+        name: truncated_svd(weights[name], r) if basis == "top" else control_basis(weights[name], r, basis, name)
+        for name in names
+    }
     tensors = {f"{name}.{side}": f for name, pair in factors.items() for side, f in zip("AB", pair, strict=True)}
     try:
         write_safetensors(path, {name: t.cpu() for name, t in tensors.items()})

@@ -8,8 +8,11 @@ import tyro
 
 from tinylora.cli import read_settings, run_command, split_flag
 from tinylora.errors import InputError
+from tinylora.model.loader import resolve_model
 from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
 from tinylora.rl.evaluation import summary
+from tinylora.rl.plan import dry_run, first_row
+from tinylora.rl.text import Text
 from tinylora.rl.trainer import Trainer
 
 
@@ -55,15 +58,35 @@ def describe(trainer: Trainer) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    trainer = Trainer(parse(arguments))
+    config = parse(arguments)
+    if config.dry_run:
+        print(dry_run(config, split_flag([dashed(a) for a in arguments], "--config")[0]))
+        return 0
+    if config.show_prompt:
+        row = first_row(config)
+        print(Text(resolve_model(config.model, weights=False)).render(row["prompt"]) if row else "there are no training rows")
+        return 0
+    trainer = Trainer(config)
     print(describe(trainer), trainer.plan, sep="\n", flush=True)
     finished = trainer.train()
     path = trainer.run_directory.path
+    if not finished and 0 < trainer.config.dead_steps <= trainer.steps_since_gradient():
+        good = trainer.step - trainer.steps_since_gradient()
+        again = f"python -m tinylora.evaluate --adapter {path} --adapter-step {good}"
+        print(
+            f"stopped after step {trainer.step}: nothing to learn from in the last {trainer.config.dead_steps} steps, as every "
+            f"group's rewards were equal; " + (f"the last good step is {good} ({again})" if good else "there is no good step")
+        )
+        return 1
     if not finished:
         print(f"stopped after step {trainer.step} of {trainer.max_steps}; go on with --output-dir {path} --resume")
         return 130
     if trainer.test_rows:
         print("\n" + summary(trainer.evaluate(0), trainer.evaluate(trainer.max_steps)))
+    if trainer.config.eval_steps:
+        best = trainer.best_step()
+        said = f"step {best}, in {path / 'best'}" if best else "the base; there is no best/"
+        print(f"\nbest on held-out training rows: {said}")
     size = sum(t.numel() * t.element_size() for t in [trainer.adapter.v])
     print(f"\n{trainer.adapter.num_parameters} trained numbers ({size} bytes) in {path / 'adapter'}")
     return 0

@@ -48,8 +48,8 @@ class ModelConfig:
 
     @staticmethod
     def load(directory: Path) -> "ModelConfig":
-        """Read directory/config.json; InputError where it is missing, broken or not one of the three families."""
-        path = directory / "config.json"
+        """Read directory/config.json, or a .json file itself; InputError where it is missing, broken or of another family."""
+        path = directory if directory.suffix == ".json" else directory / "config.json"
         try:
             raw = json.loads(path.read_text())
         except FileNotFoundError:

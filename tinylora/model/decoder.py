@@ -163,6 +163,9 @@ class Decoder:
         self.config, self.embedding, self.layers, self.norm, self.head = config, embedding, layers, norm, head
         self.digests, self.path = digests, path
         self.frequencies = rope_frequencies(config).to(embedding.device)
+        self.kept_slots: Any = (
+            None  # on a GPU, what a rollout leaves for the next: (what they are for, slots with their graphs)
+        )
         self.capacity: int | None = None  # keys that every attention covers, for `--exact`; None: as many as it needs
 
     @property

@@ -18,8 +18,8 @@ BUILTIN = Path(__file__).parent.parent / "demo" / "base"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-def resolve_model(path_or_id: str) -> Path:
-    """A local directory for a path, a hub id, or "builtin". InputError where there is none."""
+def resolve_model(path_or_id: str, weights: bool = True) -> Path:
+    """A local directory for a path, a hub id, or "builtin". InputError where there is none. weights False: all but those."""
     if path_or_id == "builtin":
         return BUILTIN
     path = Path(path_or_id).expanduser()
@@ -30,7 +30,8 @@ def resolve_model(path_or_id: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and only hub ids need it
 
     try:
-        return Path(snapshot_download(path_or_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+        patterns = ["*.json", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
+        return Path(snapshot_download(path_or_id, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise InputError(f"--model {path_or_id}: no such directory, and the hub did not give it: {error}") from None
 

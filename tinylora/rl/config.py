@@ -6,6 +6,8 @@ from typing import Any, Literal
 from tinylora.adapter import TinyLoRAConfig
 from tinylora.errors import InputError
 from tinylora.model.decoder import PROJECTIONS
+from tinylora.rl.prompts import PromptStyle
+from tinylora.rl.tasks import KNOWN
 
 # The built-in task's recipe: what `python -m tinylora.train` uses where nothing else is said. Everywhere else the defaults
 # below hold: the paper's recipe for 13 numbers on a 7B model.
@@ -32,14 +34,21 @@ class TrainConfig:
 
     model: str = "builtin"
     """Hugging Face directory or hub id of a Qwen2/2.5, Qwen3 or Llama 3.x model; "builtin" comes with the package."""
-    dataset: Literal["builtin", "gsm8k"] = "gsm8k"
-    """The task. gsm8k is read from the hub (openai/gsm8k) unless --data is given."""
+    dataset: str = "gsm8k"
+    """The task: builtin, gsm8k, math (levels 3-5); or any data with a column "prompt": a hub id, or any name with --data."""
     data: str | None = None
-    """Local rows for the task: a JSONL file, or a folder with train.jsonl and test.jsonl."""
+    """Local rows for the task: a JSONL or parquet file, a folder with train and test of either, or a save_to_disk folder."""
+    prompt_style: PromptStyle = "auto"
+    """How a question is asked: qwen-boxed, gsm8k-hash or plain. auto: gsm8k-hash for gsm8k, qwen-boxed for the others."""
+    show_prompt: bool = False
+    """Print the first prompt as the model gets it, and stop."""
+    dry_run: bool = False
+    """Print the plan of this run from the model's config.json alone, and stop."""
     reward: str | None = None
-    """Your own reward function, "package.module:function", with TRL's signature. Default: exact match of the answer."""
+    """Your own reward function, "package.module:function", with TRL's signature. Default: exact match of the answer.
+    Controls: "random" is a fair coin, "format-only" pays for any answer in the format asked for."""
     extractor: Literal["strict", "flexible"] = "strict"
-    """How an answer is read for the reward: strict is the number after "####", flexible the last number."""
+    """How an answer is read for the reward: strict in the format asked for; flexible the last \\boxed, else the last number."""
 
     r: int = 2
     """Rank of the frozen factors."""
@@ -51,6 +60,8 @@ class TrainConfig:
     """tiled: neighbours in depth share, whatever their type; structured: neighbours of the same type share."""
     target_modules: tuple[str, ...] = PROJECTIONS
     """The projections to adapt."""
+    basis: Literal["top", "bottom", "random"] = "top"
+    """Singular directions the factors hold. top is the method; bottom and random are controls."""
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision v is used and stored in; the optimizer's copy is float32."""
 
@@ -106,7 +117,11 @@ class TrainConfig:
     eval_size: int = 1024
     """Held-out problems scored before the first and after the last step; 0: no evaluation."""
     eval_steps: int = 0
-    """Also evaluate every so many steps; 0: only before and after."""
+    """Every so many steps score --validation-size held-out training rows and keep the best adapter in best/; 0: never."""
+    validation_size: int = 256
+    """Training rows that --eval-steps holds out and scores. The test rows choose nothing."""
+    dead_steps: int = 10
+    """Stop after so many steps in a row whose groups all had equal rewards, so that nothing was learned; 0: never."""
     save_steps: int = 1
     """Checkpoint every so many steps. A checkpoint is a few hundred bytes."""
     logging_steps: int = 1
@@ -133,6 +148,7 @@ class TrainConfig:
             "max_completion_length",
             "save_steps",
             "logging_steps",
+            "validation_size",
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{flag(name)} {getattr(self, name)}: it must be at least 1")
@@ -145,6 +161,7 @@ class TrainConfig:
             "top_k",
             "eval_size",
             "eval_steps",
+            "dead_steps",
             "importance_sampling_cap",
         ):
             if getattr(self, name) < 0:
@@ -161,6 +178,8 @@ class TrainConfig:
             raise InputError(f"--num-train-epochs {self.num_train_epochs}: it must be positive, or give --max-steps")
         if self.dataset == "builtin" and self.data is not None:
             raise InputError("--data needs a task that reads rows: add --dataset gsm8k")
+        if self.reward == "format-only" and self.dataset not in ("builtin", *KNOWN):
+            raise InputError(f"--reward format-only: {self.dataset} asks for no format of answers")
 
     @property
     def adapter(self) -> TinyLoRAConfig:
@@ -173,6 +192,7 @@ class TrainConfig:
             seed=self.seed,
             projection_seed=self.projection_seed,
             param_dtype=self.param_dtype,
+            basis=self.basis,
         )
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from tinylora.cli import table
 from tinylora.model.decoder import Decoder, Matrices
-from tinylora.rl.rewards import EXTRACTORS, same_number
-from tinylora.rl.rollout import Completion, Sampling, rollout
+from tinylora.rl.rewards import Grader
+from tinylora.rl.rollout import Sampling, rollout
 from tinylora.rl.statistics import paired_difference, standard_error
 from tinylora.rl.tasks import Row
 from tinylora.rl.text import Text
@@ -43,6 +43,7 @@ def evaluate(
     matrices: Matrices | None,
     text: Text,
     rows: Sequence[Row],
+    grader: Grader,
     extractor: str,
     max_completion_length: int,
     seed: int,
@@ -52,17 +53,11 @@ def evaluate(
 
     def verdicts(temperature: float) -> dict[str, list[bool]]:
         s = Sampling(max_completion_length, temperature, seed=EVAL_SEED + seed, eos_ids=text.eos_ids)
-        return _grade(rollout(model, matrices, prompts, 1, s), text, rows)
+        answers = [text.decode(c.tokens) for c in rollout(model, matrices, prompts, 1, s)]
+        graded = grader.grade(answers, rows)
+        return {name: [v.right[name] for v in graded] for name in ("strict", "flexible")}
 
     return Scores(verdicts(1.0), verdicts(0.0), extractor)
-
-
-def _grade(completions: Sequence[Completion], text: Text, rows: Sequence[Row]) -> dict[str, list[bool]]:
-    answers = [text.decode(c.tokens) for c in completions]
-    return {
-        name: [same_number(extract(a), row["answer"]) for a, row in zip(answers, rows, strict=True)]
-        for name, extract in EXTRACTORS.items()
-    }
 
 
 def summary(before: Scores, after: Scores) -> str:

@@ -6,10 +6,8 @@ sample: slots, pages, order of admission and prompt sharing are matters of speed
 """
 
 import dataclasses
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +26,6 @@ BURST = {"cpu": 1, "cuda": 8}  # steps between two looks of the host
 PREFILL_TOKENS = 8192  # prompt tokens in one forward
 
 __all__ = ["Completion", "Sampling", "rollout"]
-
-_kept: weakref.WeakKeyDictionary[Decoder, tuple[Any, Slots]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -67,6 +63,7 @@ def rollout(
     expected: Sequence[float] | None = None,  # completion length of each prompt, longest first; None: longest prompt first
     limits: Sequence[int] | None = None,  # tokens each sequence may get at most, where that is less than the sampling's
     watch: Callable[[int, list[int]], None] | None = None,  # called with (sequence of the call, all its tokens) as they come
+    on_completion: Callable[[int, Completion], None] | None = None,  # called with each as it ends, while others still run
     usage: Usage | None = None,  # counted into
 ) -> list[Completion]:
     """`generations` completions of each prompt, prompt after prompt. Sequence i of the call is number first_sequence + i.
@@ -83,7 +80,7 @@ def rollout(
     run = _Rollout(model, matrices, prompts, generations, sampling, first_sequence, row_adapter)
     run.limits = limits
     run.allocate(slots, cache_bytes or CACHE_BYTES[model.device.type], page_size, expected)
-    return run.go(watch, usage or Usage())
+    return run.go(watch, on_completion, usage or Usage())
 
 
 class _Rollout:
@@ -141,12 +138,11 @@ class _Rollout:
         """Slots over a cache of this shape; on a GPU the model's last ones, with their graphs, where they are alike."""
         model, sampling = self.model, self.sampling
         key = (shape, rows, self.adapters, dataclasses.replace(sampling, seed=0))
-        kept = _kept.get(model)
-        if kept is not None and kept[0] == key:
-            kept[1].set_matrices(self.matrices)
-            return kept[1]
-        _kept.pop(model, None)  # the old cache goes before the new one comes
-        kept = None
+        if model.kept_slots is not None and model.kept_slots[0] == key:
+            slots: Slots = model.kept_slots[1]
+            slots.set_matrices(self.matrices)
+            return slots
+        model.kept_slots = None  # the old cache goes before the new one comes
         pages, size, table_rows, longest = shape
         slots = Slots(
             model, sampling, rows, KVCache(model.config, pages, size, model.embedding, table_rows, longest), self.adapters
@@ -154,10 +150,15 @@ class _Rollout:
         slots.set_matrices(self.matrices)
         if model.device.type == "cuda":
             slots.capture(self.buckets)
-            _kept[model] = (key, slots)
+            model.kept_slots = (key, slots)
         return slots
 
-    def go(self, watch: Callable[[int, list[int]], None] | None, usage: Usage) -> list[Completion]:
+    def go(
+        self,
+        watch: Callable[[int, list[int]], None] | None,
+        on_completion: Callable[[int, Completion], None] | None,
+        usage: Usage,
+    ) -> list[Completion]:
         """Run everything. The completions in the order of the prompts."""
         s, burst = self.scheduler, BURST[self.model.device.type]
         results: dict[int, Completion] = {}
@@ -184,7 +185,7 @@ class _Rollout:
                 longest += 1
             s.advance(burst)
             usage.steps, usage.rows = usage.steps + burst, usage.rows + burst * bucket
-            changed = self._look(bucket, results, watch)
+            changed = self._look(bucket, results, watch, on_completion)
         usage.tokens += sum(len(c.tokens) for c in results.values())
         return [results[i] for i in range(len(self.prompts) * self.generations)]
 
@@ -281,7 +282,13 @@ class _Rollout:
         gone = [q for q in self.row_of if q not in running]
         self.free_rows += [self.row_of.pop(q) for q in gone]
 
-    def _look(self, bucket: int, results: dict[int, Completion], watch: Callable[[int, list[int]], None] | None) -> bool:
+    def _look(
+        self,
+        bucket: int,
+        results: dict[int, Completion],
+        watch: Callable[[int, list[int]], None] | None,
+        on_completion: Callable[[int, Completion], None] | None,
+    ) -> bool:
         """Collect the sequences that have ended; whether there were any."""
         s = self.scheduler
         stopped = self.slots.live[:bucket].logical_not().nonzero().flatten().tolist()
@@ -294,6 +301,8 @@ class _Rollout:
             results[r.sequence] = Completion(tokens, logprobs, tokens[-1] in stop)
             if watch is not None:
                 watch(r.sequence, tokens)
+            if on_completion is not None:
+                on_completion(r.sequence, results[r.sequence])
         for slot in ended:
             s.end(slot)
         if ended:

@@ -1,4 +1,4 @@
-"""Intervals for accuracies: Wilson for one, Newcombe's for the difference of two on the same problems.
+"""Intervals for accuracies: Wilson for one, Newcombe's for the difference of two on the same problems; and the usual tests.
 
 Sources: Wilson 1927; Newcombe, Statistics in Medicine 17 (1998) 2635, method 10. Both stay honest near 0 and 1, where the
 usual normal interval does not.
@@ -7,7 +7,10 @@ usual normal interval does not.
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 Z95 = 1.959963984540054
+Z80 = 0.8416212335729143  # power of 80 %
 
 
 def standard_error(verdicts: Sequence[bool]) -> float:
@@ -43,3 +46,32 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[fl
     high = math.sqrt(max(0.0, ua * ua - 2 * phi * ua * db + db * db))
     difference = p_after - p_before
     return difference, difference - low, difference + high
+
+
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """Exact two-sided p of no difference: the problems that changed are coin tosses. McNemar 1947, binomial form."""
+    gained = sum(a and not b for a, b in zip(after, before, strict=True))
+    lost = sum(b and not a for a, b in zip(after, before, strict=True))
+    tail = sum(math.comb(gained + lost, i) for i in range(min(gained, lost) + 1))
+    return min(1.0, tail / 2 ** (gained + lost - 1)) if gained + lost else 1.0
+
+
+def pass_at_k(right: int, n: int, k: int) -> float:
+    """The unbiased chance that k of n completions, `right` of them right, hold a right one. Chen et al. 2021."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def bootstrap(values: Sequence[float], resamples: int = 4000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean over problems, each value a problem's; the same for the same values."""
+    x = np.asarray(values, dtype=np.float64)
+    draws = np.random.default_rng(seed).integers(0, len(x), (resamples, len(x)))
+    low, high = np.quantile(x[draws].mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def smallest_difference(n: int, variance: float) -> float:
+    """The difference that n problems show at 5 % in four cases of five, by the variance of a problem's own difference.
+
+    Where no problem differed, the variance is taken at its 95 % upper bound, 3 / n.
+    """
+    return (Z95 + Z80) * math.sqrt((variance or min(1.0, 3 / n)) / n)

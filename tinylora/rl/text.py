@@ -30,8 +30,22 @@ class Text:
         ids: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         return list(ids)
 
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The same as text, special tokens included."""
+        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def fitting_rows(
+    rows: list[dict[str, Any]], text: Text, positions: int, completion: int
+) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """The rows whose prompt leaves room for `completion` tokens among the model's `positions`, and their prompts' ids. No
+    prompt is ever cut."""
+    ids = [text.prompt(row["prompt"]) for row in rows]
+    fitting = [i for i, tokens in enumerate(ids) if len(tokens) <= positions - completion]
+    return [rows[i] for i in fitting], [ids[i] for i in fitting]
 
 
 def _eos_ids(directory: Path, tokenizer_eos: int | None) -> tuple[int, ...]:

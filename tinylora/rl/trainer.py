@@ -5,9 +5,11 @@ save, and a resumed run repeats the uninterrupted one bit for bit.
 """
 
 import dataclasses
+import json
 import math
 import signal
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -20,20 +22,25 @@ import tinylora
 from tinylora import prng
 from tinylora.adapter import Adapter, base_hash
 from tinylora.errors import InputError
+from tinylora.files import write_text
 from tinylora.model import load_model
+from tinylora.model.decoder import Matrices
 from tinylora.rl.advantages import compute_advantages
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.consistency import fix_capacity, require_same_policy
 from tinylora.rl.evaluation import Scores, evaluate
+from tinylora.rl.grader_pool import GraderPool
+from tinylora.rl.grading import Verdict
 from tinylora.rl.memory import plan_memory
-from tinylora.rl.rewards import EXTRACTORS, accuracy_reward, call_reward, load_reward, same_number
+from tinylora.rl.rewards import CONTROLS, Grader, call_reward, load_reward, random_rewards
 from tinylora.rl.rollout import Completion, Sampling, rollout
 from tinylora.rl.run_directory import V_IN_METRICS, RunDirectory
 from tinylora.rl.tasks import Row, load_task
-from tinylora.rl.text import Text
+from tinylora.rl.text import Text, fitting_rows
 from tinylora.rl.update import Batch, update
 
 ORDER_STREAM = 0x0D3  # names the stream of the prompts' order
+VALIDATION = "validation/accuracy"
 
 
 class Trainer:
@@ -41,15 +48,24 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        reward = load_reward(config.reward) if config.reward else accuracy_reward(config.extractor)
-        self.reward, self.reward_name = reward, getattr(reward, "__name__", "reward")
+        own = config.reward not in (None, *CONTROLS)
+        self.reward = load_reward(config.reward or "") if own else None
+        self.reward_name = getattr(self.reward, "__name__", "reward") if own else (config.reward or "accuracy")
         self.model = load_model(config.model, config.device, config.dtype)
         self.text = Text(self.model.path)
-        task = load_task(config.dataset, config.data)
-        self.train_rows, dropped = self._fitting(task.train)
-        self.test_rows, _ = self._fitting(task.test[: config.eval_size])
-        if dropped:
-            print(f"{dropped} training prompts leave no room for {config.max_completion_length} tokens and are not used")
+        task = load_task(config.dataset, config.data, config.prompt_style, needs_answers=not own)
+        for note in task.notes:
+            print(note)
+        if not task.train:
+            raise InputError(f"--dataset {config.dataset} has no training rows: it is for evaluation")
+        # The built-in task's answers are plain numbers, and need no process of their own.
+        pool = GraderPool() if task.has_answers and config.dataset != "builtin" else None
+        self.grader = Grader(task.answer_format, pool) if task.has_answers else None
+        self.prompts: list[list[int]] = []  # of all rows below
+        self.train_rows = self._fitting(task.train, "training")
+        self.test_rows = self._fitting(task.test[: config.eval_size], "test") if task.has_answers else []
+        held_out = min(config.validation_size, len(self.train_rows) // 10) if config.eval_steps and task.has_answers else 0
+        self.validation_rows, self.train_rows = self.train_rows[:held_out], self.train_rows[held_out:]
         if len(self.train_rows) < config.prompts_per_step:
             raise InputError(
                 f"--prompts-per-step {config.prompts_per_step}: the task has only {len(self.train_rows)} usable prompts"
@@ -59,10 +75,9 @@ class Trainer:
         if self.max_steps < 1:
             self.max_steps = max(1, math.ceil(config.num_train_epochs * self.steps_per_epoch))
         self.adapter = Adapter(self.model, config.adapter)
-        tokens = [self.text.prompt(row["prompt"]) for row in (*self.train_rows, *self.test_rows)]
-        longest, sequences = max(map(len, tokens)), config.prompts_per_step * config.num_generations
+        longest, sequences = max(map(len, self.prompts)), config.prompts_per_step * config.num_generations
         if config.exact:
-            fix_capacity(self.adapter, tokens, self._sampling())
+            fix_capacity(self.adapter, self.prompts, self._sampling())
         self.plan = plan_memory(self.model, longest + config.max_completion_length, sequences, config.microbatch_tokens)
         self.expected: dict[int, float] = {}  # mean completion length of each training row, as last sampled
         self.optimizer = torch.optim.Adam([self.adapter.v], lr=config.learning_rate)
@@ -80,11 +95,14 @@ class Trainer:
         if self.run_directory.checkpoint is not None:
             self._restore(*self.run_directory.checkpoint)
 
-    def _fitting(self, rows: list[Row]) -> tuple[list[Row], int]:
-        """The rows whose prompt leaves room for a completion, and how many do not."""
-        room = self.model.config.max_positions - self.config.max_completion_length
-        fitting = [row for row in rows if len(self.text.prompt(row["prompt"])) <= room]
-        return fitting, len(rows) - len(fitting)
+    def _fitting(self, rows: list[Row], kind: str) -> list[Row]:
+        """The rows whose prompt leaves room for a completion; says how many do not."""
+        positions, completion = self.model.config.max_positions, self.config.max_completion_length
+        fitting, ids = fitting_rows(rows, self.text, positions, completion)
+        self.prompts += ids
+        if dropped := len(rows) - len(fitting):
+            print(f"{dropped} {kind} prompts leave no room for {self.config.max_completion_length} tokens and are not used")
+        return fitting
 
     # ---- the loop -------------------------------------------------------------------------------------------------------
 
@@ -103,11 +121,20 @@ class Trainer:
                     progress.set_postfix_str(_progress_line(row))
                 progress.update()
                 self._evaluate_if_due()
+                if self.config.dead_steps and self.steps_since_gradient() >= self.config.dead_steps:
+                    break
             progress.close()
         finally:
             signal.signal(signal.SIGINT, before)
+            if self.grader is not None:
+                self.grader.close()
         self.adapter.save(self.run_directory.path / "adapter")
         return self.step == self.max_steps
+
+    def steps_since_gradient(self) -> int:
+        """How many of the last steps in a row had only dead groups."""
+        steps = [r for r in self.run_directory.rows if "reward" in r]
+        return next((i for i, row in enumerate(reversed(steps)) if row["frac_reward_zero_std"] < 1), len(steps))
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
         if self.stop:
@@ -123,17 +150,37 @@ class Trainer:
         with torch.no_grad():
             matrices = self.adapter.matrices()
         count = len(prompts) * c.num_generations
-        expected = [self.expected.get(i, c.max_completion_length) for i in order]  # what is new may be long
-        memory: dict[str, Any] = {"cache_bytes": self.plan.cache, "expected": expected}
-        completions = rollout(self.model, matrices, prompts, c.num_generations, self._sampling(), self.step * count, **memory)
+        answers: dict[int, str] = {}
+        verdicts: dict[int, Future[Verdict]] = {}
+
+        def take(i: int, completion: Completion) -> None:
+            answers[i] = self.text.decode(completion.tokens)
+            if self.grader is not None:
+                verdicts[i] = self.grader.submit(answers[i], rows[i // c.num_generations])
+
+        early = take if self.grader is not None and self.grader.pool is not None else None  # grading overlaps generation
+        completions = rollout(
+            self.model,
+            matrices,
+            prompts,
+            c.num_generations,
+            self._sampling(),
+            self.step * count,
+            cache_bytes=self.plan.cache,
+            expected=[self.expected.get(i, c.max_completion_length) for i in order],  # what is new may be long
+            on_completion=early,
+        )
         for i, row_number in enumerate(order):
             own = completions[i * c.num_generations : (i + 1) * c.num_generations]
             self.expected[row_number] = sum(len(x.tokens) for x in own) / len(own)
         rolled_out = time.perf_counter()
 
-        answers = [self.text.decode(x.tokens) for x in completions]
+        for i, completion in enumerate(completions):
+            if i not in answers:
+                take(i, completion)
         extra: dict[str, float] = {}
-        rewards = self._rewards(rows, completions, answers, extra)
+        graded = [verdicts[i].result() for i in range(count)] if verdicts else []
+        rewards = self._rewards(rows, completions, [answers[i] for i in range(count)], graded, extra)
         advantages = compute_advantages(rewards, c.num_generations, c.scale_rewards)
         rewarded = time.perf_counter()
 
@@ -204,11 +251,39 @@ class Trainer:
         order = prng.permutation(len(self.train_rows), ORDER_STREAM, self.config.seed, epoch)
         return order[place * self.config.prompts_per_step : (place + 1) * self.config.prompts_per_step]
 
-    def _rewards(self, rows: list[Row], completions: list[Completion], answers: list[str], extra: dict[str, float]) -> Tensor:
+    def _rewards(
+        self,
+        rows: list[Row],
+        completions: list[Completion],
+        answers: list[str],
+        verdicts: list[Verdict],
+        extra: dict[str, float],
+    ) -> Tensor:
         """(completions,) float64, NaN where the function said None; what it and the exact match log goes into `extra`."""
+        c = self.config
+        if verdicts:
+            extra["accuracy"] = sum(v.right[c.extractor] for v in verdicts) / len(verdicts)
+        if verdicts and c.dataset != "builtin":  # whose completions have one format only
+            extra.update({f"accuracy/{e}": sum(v.right[e] for v in verdicts) / len(verdicts) for e in ("strict", "flexible")})
+            extra.update({f"grader/{why}": sum(v.failure == why for v in verdicts) for why in ("timeout", "crash")})
+        if c.reward is None:
+            rewards = [float(v.right[c.extractor]) for v in verdicts]
+        elif c.reward == "random":
+            rewards = random_rewards(len(completions), c.seed, self.step)
+        elif c.reward == "format-only":
+            rewards = [float(v.answers["strict"] is not None) for v in verdicts]
+        else:
+            rewards = self._own_rewards(rows, completions, answers, extra)
+        return torch.tensor(rewards, dtype=torch.float64)
+
+    def _own_rewards(
+        self, rows: list[Row], completions: list[Completion], answers: list[str], extra: dict[str, float]
+    ) -> list[float]:
+        """What the user's function says."""
+        assert self.reward is not None
         repeated = [row for row in rows for _ in range(self.config.num_generations)]
         logged: dict[str, list[float]] = {}
-        columns: dict[str, Any] = {key: [row[key] for row in repeated] for key in rows[0] if key != "prompt"}
+        columns: dict[str, Any] = {key: [row.get(key) for row in repeated] for key in rows[0] if key != "prompt"}
         rewards = call_reward(
             self.reward,
             len(completions),
@@ -220,11 +295,8 @@ class Trainer:
             log_metric=lambda name, value: logged.setdefault(name, []).append(float(value)),
             **columns,
         )
-        extract = EXTRACTORS[self.config.extractor]
-        right = [same_number(extract(answer), row["answer"]) for answer, row in zip(answers, repeated, strict=True)]
-        extra["accuracy"] = sum(right) / len(right)
         extra.update({name: sum(values) / len(values) for name, values in logged.items()})
-        return torch.tensor(rewards, dtype=torch.float64)
+        return rewards
 
     def _schedule(self, step: int) -> float:
         """The learning rate's factor at 0-based `step`."""
@@ -243,18 +315,43 @@ class Trainer:
             return Scores(**stored)
         with torch.no_grad():
             matrices = self.adapter.matrices() if step else None  # step 0 is the base model
-        c = self.config
         tqdm.write(f"step {step}: evaluating on {len(self.test_rows)} held-out problems")
-        scores = evaluate(self.model, matrices, self.text, self.test_rows, c.extractor, c.max_completion_length, c.seed)
+        scores = self._scores(self.test_rows, matrices)
         self.run_directory.save_evaluation(step, dataclasses.asdict(scores))
         return scores
 
+    def _scores(self, rows: list[Row], matrices: Matrices | None) -> Scores:
+        c = self.config
+        assert self.grader is not None
+        return evaluate(self.model, matrices, self.text, rows, self.grader, c.extractor, c.max_completion_length, c.seed)
+
     def _evaluate_if_due(self) -> None:
-        c, step = self.config, self.step
-        every = c.eval_steps > 0 and step % c.eval_steps == 0
-        due = self.test_rows and (step in (0, self.max_steps) or every)
-        if due and not self.run_directory.has_evaluation_row(step):
+        step, last = self.step, self.step in (0, self.max_steps)
+        if self.validation_rows and (last or step % self.config.eval_steps == 0):
+            self._validate()
+        if self.test_rows and last and not self.run_directory.has_evaluation_row(step):
             self.run_directory.append({"step": step, **self.evaluate(step).metrics()})
+
+    def _validate(self) -> None:
+        """Score the held-out training rows; an adapter that beats the base and all before it is kept in best/."""
+        before = {r["step"]: r[VALIDATION] for r in self.run_directory.rows if VALIDATION in r}
+        if self.step in before:
+            return
+        with torch.no_grad():
+            matrices = self.adapter.matrices() if self.step else None  # step 0 is the base model
+        metrics = self._scores(self.validation_rows, matrices).metrics()
+        row = {"step": self.step, **{name.replace("eval/", "validation/"): value for name, value in metrics.items()}}
+        if before and row[VALIDATION] > max(before.values()):
+            self.adapter.save(self.run_directory.path / "best")
+            write_text(self.run_directory.path / "best" / "validation.json", json.dumps(row) + "\n")
+        self.run_directory.append(row)
+
+    def best_step(self) -> int | None:
+        """The step whose adapter is in best/; None where none beat the base, or none was looked for."""
+        scores = {r["step"]: r[VALIDATION] for r in self.run_directory.rows if VALIDATION in r}
+        best = max(scores.values(), default=0.0)
+        step = next((step for step, score in scores.items() if score == best), 0)
+        return step or None
 
     def _save_checkpoint(self, row: Row) -> None:
         state = self.optimizer.state[self.adapter.v]
@@ -283,4 +380,5 @@ def _progress_line(row: Row) -> str:
         said = f"{dead:.0%} dead groups"
     reward = "none" if row["reward"] is None else f"{row['reward']:.3f}"
     speed = f"{row['tokens_per_second']:,.0f} tok/s"
-    return f"reward {reward}, accuracy {row['accuracy']:.1%}, {said}, |v| {row['adapter/norm']:.3f}, {speed}"
+    accuracy = f"accuracy {row['accuracy']:.1%}, " if "accuracy" in row else ""
+    return f"reward {reward}, {accuracy}{said}, |v| {row['adapter/norm']:.3f}, {speed}"

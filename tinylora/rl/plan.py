@@ -1,0 +1,99 @@
+"""What a run would train, hold and take, from its settings and the model's config.json alone: no weights are read.
+
+Times are floors, not promises: matrix FLOP and bytes moved at the rates of one H200 (770 TFLOP/s in bf16 and 4.3 TB/s were
+measured on one with plain library calls), with every completion as long as it may get.
+"""
+
+import math
+from pathlib import Path
+
+from tinylora.errors import InputError
+from tinylora.model.config import ModelConfig
+from tinylora.model.decoder import PROJECTIONS
+from tinylora.model.loader import resolve_model
+from tinylora.rl.config import TrainConfig
+from tinylora.rl.prompts import messages
+from tinylora.rl.tasks import KNOWN, Row, load_task
+from tinylora.rl.text import Text
+
+FLOPS, BANDWIDTH = 770e12, 4.3e12  # of an H200
+PROMPT_TOKENS = 200  # of a prompt, where there is no tokenizer to ask
+
+
+def config_of(model: str, beside: str | None) -> tuple[ModelConfig, Path | None]:
+    """The model's config and directory; for a recipe, from configs/NAME.json beside it, without network (and directory)."""
+    shipped = Path(beside).parent / "configs" / f"{model.split('/')[-1]}.json" if beside else None
+    if shipped is not None and shipped.exists() and not Path(model).expanduser().is_dir():
+        return ModelConfig.load(shipped), None
+    directory = resolve_model(model, weights=False)
+    return ModelConfig.load(directory), directory
+
+
+def plan(c: TrainConfig, model: ModelConfig, text: Text | None, row: Row | None) -> str:
+    """The plan, line by line. `row` is the first of the task, `text` the model's tokenizer, where there are such."""
+    groups = c.adapter.groups(model.num_layers)
+    count, stored = c.adapter.num_parameters(model.num_layers), {"float32": 4}.get(c.param_dtype, 2)
+    shapes = [model.shape(name) for name in PROJECTIONS]
+    matrix = model.num_layers * sum(n * k for n, k in shapes)  # weights that every token is multiplied with
+    embedding = model.vocab_size * model.hidden_size
+    weights = matrix + embedding * (1 if model.tied_head else 2)
+    size = {"auto": model.dtype}.get(c.dtype, c.dtype)
+    width = 4 if size == "float32" else 2
+    adapted = [model.shape(name) for name in PROJECTIONS if name in c.target_modules]
+    factors = model.num_layers * sum(c.r * (n + k) for n, k in adapted) * width
+    kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
+    prompt = len(text.prompt(row["prompt"])) if text and row else PROMPT_TOKENS
+    completions = c.prompts_per_step * c.num_generations
+    length = prompt + c.max_completion_length
+    tokens = completions * length
+    per_token = matrix + embedding  # multiply-adds of one forward, the LM head included
+    decode = c.max_completion_length * (weights * width + completions * (prompt + c.max_completion_length / 2) * kv) / BANDWIDTH
+    decode = max(decode, 2 * per_token * completions * c.max_completion_length / FLOPS)
+    prefill = 2 * per_token * c.prompts_per_step * prompt / FLOPS
+    update = c.num_iterations * 4 * per_token * tokens / FLOPS
+    shown = "\n".join(f"    {m['role']}: {m['content']}" for m in row["prompt"]) if row else ""
+    if text and row:
+        shown = "    " + text.render(row["prompt"]).replace("\n", "\n    ")
+    return "\n".join(
+        [
+            f"model            {c.model}: {model.num_layers} layers, {weights:,} weights in {size}",
+            f"adapted modules  {len(groups)}, in {max(groups.values()) + 1} groups ({c.tie_mode}, n_tie {c.n_tie}), "
+            f"basis {c.basis}",
+            f"trained numbers  {count} ({count * stored} bytes in {c.param_dtype}), r {c.r}, u {c.u}",
+            f"memory           weights {_bytes(weights * width)}, factors {_bytes(factors)}, "
+            f"keys and values {_bytes(kv)} a token, {_bytes(kv * tokens)} with every completion at its longest",
+            f"a step           {c.prompts_per_step} prompts x {c.num_generations} completions, at most {tokens:,} tokens "
+            f"({'' if text and row else 'about '}{prompt} of each in the prompt)",
+            f"                 floors on an H200, everything at its longest: rollout {decode + prefill:.2f} s, "
+            f"update {update:.2f} s",
+            f"learning rate    {c.learning_rate:g} {c.lr_scheduler_type}, {c.warmup_steps} warm-up steps, beta {c.beta:g}, "
+            f"{'no clipping of gradients' if not c.max_grad_norm else f'gradients clipped at {c.max_grad_norm:g}'}",
+            f"length           {f'{c.max_steps} steps' if c.max_steps > 0 else f'{c.num_train_epochs:g} epochs'}",
+            f"task             {c.dataset}, reward {c.reward or f'exact match, {c.extractor}'}; the prompt:",
+            shown,
+        ]
+    )
+
+
+def _bytes(n: float) -> str:
+    power = min(4, int(math.log(max(n, 1), 1000)))
+    return f"{n / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def dry_run(c: TrainConfig, recipe: str | None) -> str:
+    """The plan of these settings; `recipe` is the --config file they came from."""
+    model, directory = config_of(c.model, recipe)
+    text = Text(directory) if directory is not None and (directory / "tokenizer.json").exists() else None
+    return plan(c, model, text, first_row(c))
+
+
+def first_row(c: TrainConfig) -> Row | None:
+    """The task's first row; a made-up question where a known set's rows cannot be had now."""
+    try:
+        task = load_task(c.dataset, c.data, c.prompt_style, ("train",), needs_answers=c.reward is None)
+        return task.train[0] if task.train else None
+    except InputError:
+        if c.dataset not in KNOWN or c.data is not None:
+            raise
+        style = KNOWN[c.dataset].style if c.prompt_style == "auto" else c.prompt_style
+        return {"prompt": messages("(the question)", style)}
