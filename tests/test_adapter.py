@@ -132,7 +132,7 @@ def test_groups_of_three_layers(changes: dict[str, object], expected: list[list[
         ({"n_tie": "some"}, "--n-tie some"),
         ({"tie_mode": "both"}, "--tie-mode both"),
         ({"param_dtype": "int8"}, "--param-dtype int8"),
-        ({"target_modules": ("q_proj", "lm_head")}, "--target-modules .*lm_head"),
+        ({"target_modules": "q_proj"}, "--target-modules q_proj: it must be a list"),
         ({"target_modules": ()}, "--target-modules"),
     ],
 )
