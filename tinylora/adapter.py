@@ -177,7 +177,9 @@ class Adapter:
         model.pack_factors(self.parts.factors)
 
         # One P and one group number per segment of every fused linear, in the model's order; absent segments are zero.
-        parts, group_of_segment, self._sizes = [], [], []
+        projections: list[Tensor] = []
+        group_of_segment: list[int] = []
+        self._sizes: list[int] = []
         for layer in range(layers):
             for names in GROUPS:
                 modules = [module_name(layer, name) for name in names]
@@ -186,10 +188,10 @@ class Adapter:
                     continue
                 size = padded_segments(len(names), config.r, model.narrow)
                 zero = torch.zeros(config.u, config.r, config.r)
-                parts += [self.projections.get(m, zero) for m in modules] + [zero] * (size - len(names))
+                projections += [self.projections.get(m, zero) for m in modules] + [zero] * (size - len(names))
                 group_of_segment += [self.group_of.get(m, 0) for m in modules] + [0] * (size - len(names))
                 self._sizes.append(size)
-        self._P = torch.stack(parts).to(model.device)  # (segments of all groups, u, r, r)
+        self._P = torch.stack(projections).to(model.device)  # (segments of all groups, u, r, r)
         self._group_of_segment = torch.tensor(group_of_segment, device=model.device)
         self.v = torch.zeros(self.parts.groups, config.u, device=model.device, requires_grad=True)  # the fp32 master
 
@@ -394,7 +396,7 @@ def _projection(config: TinyLoRAConfig, module: str) -> Tensor:
     if layer and projection in PROJECTIONS and module == module_name(int(layer[1]), projection):
         place = int(layer[1]) * len(PROJECTIONS) + PROJECTIONS.index(projection)
     else:
-        place = xxhash.xxh3_64_intdigest(module) | 1 << 63
+        place = xxhash.xxh3_64_intdigest(module.encode()) | 1 << 63
     return (prng.normal((config.u, config.r, config.r), config.p_seed, place) / math.sqrt(config.r)).float()
 
 
