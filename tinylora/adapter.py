@@ -107,6 +107,7 @@ class Base:
     name: str  # of its directory or hub id
     weights: dict[str, Tensor]  # every linear weight that could be adapted, as (N, K), by module name in module order
     digests: dict[str, str]  # content hash of every parameter, by parameter name
+    transposed: frozenset[str] = frozenset()  # modules that hold their weight as (K, N)
     tensors: dict[str, Tensor] | None = None  # the parameters, where digests are of what is in memory and not of a file
 
     @staticmethod

@@ -30,8 +30,8 @@ CHILD = "tinylora"  # the name of the adapter among the model's submodules
 class _TinyLoRA(nn.Module):
     """What an adapted module does: its own map plus B M A, in one frozen linear with gradients for x and M."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any
+    bias: Any
     _adapter: "AttachedAdapter"
     _place: int  # among the adapted modules
     _A: Tensor  # (r, K), of the weight's dtype
@@ -41,7 +41,7 @@ class _TinyLoRA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         M, rows = self._adapter._at(self._place, x)
         if M is None:
-            return super().forward(x)  # type: ignore[misc]
+            return super().forward(x)
         if self.weight.requires_grad and torch.is_grad_enabled():
             raise InputError("an adapted weight requires a gradient, and gets none: freeze it, or detach() the adapter")
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -103,7 +103,8 @@ class _Matrices(torch.autograd.Function):
 
 def _matrices(slots: "Sequence[_Named | None]", vs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """M (slots, 1, r, r) of every module; a slot without an adapter is zero."""
-    remaining, found = iter(vs), []
+    remaining = iter(vs)
+    found: list[Tensor | None] = []
     with torch.autocast(vs[0].device.type, enabled=False):
         for named in slots:
             if named is None:
@@ -149,6 +150,7 @@ class AttachedAdapter(nn.Module):
     _off = False
     _rows: Tensor | None = None  # (batch,) the slot of each batch row
     _slots: tuple[str | None, ...] = ()  # the adapter of each slot; None: the base model
+    model: nn.Module
     # M as last computed, and from what: the values of v are known by tensor and version. Neither is copied nor saved.
     _cache: tuple[Tensor, ...] | None = None
     _key: Any = None
@@ -159,7 +161,7 @@ class AttachedAdapter(nn.Module):
         self.__dict__["model"] = model  # not a submodule: it contains this one
         self.base = base
         self.adapters = nn.ModuleDict()
-        self.modules_: list[str] = []  # the adapted modules, in order of place
+        self.module_names: list[str] = []  # the adapted modules, in order of place
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
         model.add_module(CHILD, self)
@@ -211,22 +213,22 @@ class AttachedAdapter(nn.Module):
             raise InputError(f"adapter {name} has r = {config.r}; adapters on one model share their rank, here {self.config.r}")
 
     def _add(self, name: str, config: TinyLoRAConfig, parts: Parts) -> None:
-        for other in self.adapters.values():
+        for other in map(self._named, self.adapters):
             for module, pair in parts.factors.items():
                 theirs = other.parts.factors.get(module, pair)
                 if not all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(pair, theirs, strict=True)):
                     raise InputError(f"adapter {name} has factors of its own; load it onto a model that carries no other")
-        wanted = {name: _linear(self.model, name) for name in parts.factors if name not in self.modules_}
+        wanted = {name: _linear(self.model, name) for name in parts.factors if name not in self.module_names}
         for module_name, module in wanted.items():
             module.__class__ = _adapted_class(type(module))
             A, B = (f.to(module.weight.device, module.weight.dtype) for f in parts.factors[module_name])
             # plain attributes: a module assigned the usual way would become a child
-            module.__dict__.update(_adapter=self, _place=len(self.modules_), _A=A.contiguous(), _Bt=B.T.contiguous())
-            self.modules_.append(module_name)
-        device = _linear(self.model, self.modules_[0]).weight.device
+            module.__dict__.update(_adapter=self, _place=len(self.module_names), _A=A.contiguous(), _Bt=B.T.contiguous())
+            self.module_names.append(module_name)
+        device = _linear(self.model, self.module_names[0]).weight.device
         self.adapters[name] = _Named(config, parts, device)
-        for named in self.adapters.values():
-            named.spread(self.modules_)
+        for other in map(self._named, self.adapters):
+            other.spread(self.module_names)
         if len(self.adapters) == 1:
             self.set_adapter(name)
         else:
@@ -325,7 +327,7 @@ class AttachedAdapter(nn.Module):
 
     def detach(self) -> None:
         """Give the model back exactly as it was: classes, state_dict keys, requires_grad, no hook."""
-        for name in self.modules_:
+        for name in self.module_names:
             module = _linear(self.model, name)
             for attribute in ("_adapter", "_place", "_A", "_Bt"):
                 del module.__dict__[attribute]
@@ -404,4 +406,6 @@ def base_of(model: nn.Module) -> Base:
     if not weights:
         raise InputError(f"{type(model).__name__} has no nn.Linear and no Conv1D")
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-    return Base(Path(name).name, weights, {name: content_hash(t) for name, t in tensors.items()}, tensors)
+    digests = {name: content_hash(t) for name, t in tensors.items()}
+    transposed = frozenset(name for name in weights if _is_conv1d(model.get_submodule(name)))
+    return Base(Path(name).name, weights, digests, transposed, {**tensors})

@@ -185,7 +185,8 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        dx, dM = _backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[0])
+        t, M, weight, A, Bt, row_adapter = ctx.saved_tensors
+        dx, dM = _backward(dy, t, M, weight, A, Bt, row_adapter, ctx.needs_input_grad[0])
         return dx, dM, None, None, None, None, None
 
 
