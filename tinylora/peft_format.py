@@ -90,7 +90,7 @@ def read(path: Path, config: dict[str, Any], tensors: dict[str, Tensor], base: B
         rows, columns = base.weights[module].shape
         r = A[module].shape[0]
         if not P or module not in P:
-            P[module] = draw_projection(u, r, seed + place)
+            P[module] = draw_projection(u, r, seed + place).to(base.weights[module].dtype).float()  # as PEFT keeps it
         wanted = {"A": (r, columns), "B": (rows, r), "P": (u, r, r)}
         found = {"A": A[module].shape, "B": B[module].shape, "P": P[module].shape}
         wrong = [name for name in wanted if tuple(found[name]) != wanted[name]]
