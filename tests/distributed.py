@@ -1,6 +1,6 @@
 """Two processes on the CPU train an attached model: what test_layers.py compares with one process.
 
-    python distributed.py ddp|fsdp2 RANK PORT OUTPUT
+    python distributed.py RANK PORT OUTPUT
 """
 
 import os
@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from foreign import TARGETS, foreign_model
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import tinylora
 from tinylora import TinyLoRAConfig
@@ -30,7 +32,8 @@ def attached(kind: str = "qwen2") -> tuple[torch.nn.Module, tinylora.AttachedAda
 
 
 def loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids, labels=ids, use_cache=False).loss
+    logits = model(ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def train(model: torch.nn.Module, adapter: tinylora.AttachedAdapter, rows: slice = slice(None)) -> None:
@@ -41,29 +44,27 @@ def train(model: torch.nn.Module, adapter: tinylora.AttachedAdapter, rows: slice
         optimizer.zero_grad()
 
 
-def main(kind: str, rank: int, port: str, output: str) -> None:
+def main(rank: int, port: str, output: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    model, adapter = attached()
-    wrapped: torch.nn.Module = model
-    if kind == "ddp":
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    else:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (2,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        assert type(model.model.layers[0].mlp.up_proj.weight).__name__ == "DTensor"
-    train(wrapped, adapter, slice(2 * rank, 2 * rank + 2))
-    adapter.save(Path(output) / str(rank))
-    v = adapter.v.detach()
-    save_file({"v": (v.full_tensor() if hasattr(v, "full_tensor") else v).clone()}, f"{output}/{rank}.safetensors")
+    for kind in ("ddp", "fsdp2"):
+        model, adapter = attached()
+        wrapped: torch.nn.Module = model
+        if kind == "ddp":
+            wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        else:
+            mesh = init_device_mesh("cpu", (2,))
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            assert type(model.model.layers[0].mlp.up_proj.weight).__name__ == "DTensor"
+        train(wrapped, adapter, slice(2 * rank, 2 * rank + 2))
+        adapter.save(output / f"{kind}-{rank}")
+        v = adapter.v.detach()
+        save_file({"v": (v.full_tensor() if hasattr(v, "full_tensor") else v).clone()}, output / f"{kind}-{rank}.safetensors")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -360,10 +360,12 @@ def test_gradient_checkpointing_gives_the_same_gradient(kind: str, reentrant: bo
     assert torch.equal(gradient(model, adapter), want)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
 def test_compiles_without_a_graph_break(kind: str) -> None:
-    """fullgraph=True raises at the first break; v may change without a new graph."""
+    """fullgraph=True raises at the first break; v may change without a new graph. M has a graph of its own, before the model's,
+    because torch.compile runs a model's hooks by themselves."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model, adapter = attached(kind)
     graphs = []
 
@@ -377,7 +379,7 @@ def test_compiles_without_a_graph_break(kind: str) -> None:
     for seed in (1, 2):
         adapter.load_v(some_v(adapter, seed))
         torch.testing.assert_close(gradient(compiled, adapter), gradient(model, adapter), rtol=1e-4, atol=1e-6)
-    assert len(graphs) == 1
+    assert len(graphs) == 2 and not torch._dynamo.utils.counters["graph_break"]
     with adapter.disable():
         assert torch.equal(logits(compiled), logits(foreign_model(kind)))
     torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-5, atol=1e-5)
@@ -395,18 +397,18 @@ def test_compiled_by_inductor_and_block_by_block() -> None:
     adapter.load_v(0.5 * adapter.v.detach())
     torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-5)
     assert (doubled - want).abs().max() > 0.1
-    mlp, mlp_adapter = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)), None
+    mlp = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
     mlp_adapter = tinylora.attach(mlp, TinyLoRAConfig(u=3, n_tie="all", target_modules=("0", "2")))
     mlp_adapter.load_v(some_v(mlp_adapter))
     x = torch.randn(5, 16)
     compiled = torch.compile(mlp, fullgraph=True)
-    torch.testing.assert_close(compiled(x), mlp(x), rtol=1e-5, atol=1e-5)
-    grads = [torch.autograd.grad(m(x).square().sum(), mlp_adapter.v)[0] for m in (mlp, compiled)]
+    outputs = [m(x) for m in (mlp, compiled)]
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    grads = [torch.autograd.grad(y.square().sum(), mlp_adapter.v)[0] for y in outputs]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("kind", "compiled"), [(kind, False) for kind in KINDS] + [("gpt2", True)])
 def test_autocast(kind: str, compiled: bool) -> None:
     """In bf16 like the base, M in fp32; no further from fp64 than explicit weights under autocast; gradients come out fp32."""
     torch._dynamo.reset()
@@ -427,9 +429,8 @@ def test_autocast(kind: str, compiled: bool) -> None:
     assert F.cosine_similarity(adapter.v.grad.double().flatten(), want.flatten(), 0) > 0.99
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_train_the_same_v_as_one(kind: str, tmp_path: Path) -> None:
-    """Four steps of Adam; halves of a batch on two processes. Both save, and the same."""
+def test_two_processes_train_the_same_v_as_one(tmp_path: Path) -> None:
+    """DDP and FSDP2, four steps of Adam; halves of a batch on two processes. Both save, and the same."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -437,15 +438,12 @@ def test_two_processes_train_the_same_v_as_one(kind: str, tmp_path: Path) -> Non
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parent.parent), os.environ.get("PYTHONPATH", "")])}
     children = [
         subprocess.Popen(
-            [sys.executable, str(script), kind, str(rank), port, str(tmp_path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
+            [sys.executable, str(script), str(rank), port, str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True
         )
         for rank in range(2)
     ]
     try:
-        errors = [child.communicate(timeout=120)[1] for child in children]
+        errors = [child.communicate(timeout=180)[1] for child in children]
     finally:
         for child in children:
             child.kill()
@@ -453,18 +451,18 @@ def test_two_processes_train_the_same_v_as_one(kind: str, tmp_path: Path) -> Non
     model, adapter = distributed.attached()
     distributed.train(model, adapter)
     assert adapter.v.abs().max() > 0.1
-    found = [load_file(tmp_path / f"{rank}.safetensors")["v"] for rank in range(2)]
-    assert torch.equal(*found)
-    # Adam divides by the gradient's size: its rounding, 1e-7 of the largest entry, counts most in the smallest
-    torch.testing.assert_close(found[0], adapter.v.detach(), rtol=1e-4, atol=1e-5)
-    fresh = foreign_model("qwen2")
-    assert torch.equal(load_adapter(tmp_path / "0", fresh).v, found[0])
+    for kind in ("ddp", "fsdp2"):
+        found = [load_file(tmp_path / f"{kind}-{rank}.safetensors")["v"] for rank in range(2)]
+        assert torch.equal(*found)
+        # Adam divides by the gradient's size: its rounding, 1e-7 of the largest entry, counts most in the smallest
+        torch.testing.assert_close(found[0], adapter.v.detach(), rtol=1e-4, atol=1e-5)
+        assert torch.equal(load_adapter(tmp_path / f"{kind}-0", foreign_model("qwen2")).v, found[0])
 
 
 def test_generation_with_a_cache_is_that_of_explicit_weights() -> None:
     model, adapter = attached()
     explicit = Explicit("qwen2", adapter)
-    ours = model.generate(IDS, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    ours = model.generate(IDS, max_new_tokens=6, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(IDS))
     ids = IDS
     for _ in range(6):
         ids = torch.cat([ids, explicit(adapter.v.detach().double(), ids)[:, -1:].argmax(-1)], 1)

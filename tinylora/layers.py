@@ -269,6 +269,10 @@ class AttachedAdapter(nn.Module):
 
     # ---- forward --------------------------------------------------------------------------------------------------------
 
+    def forward(self, x: Any) -> Any:
+        """x as it is: a model that is an nn.Sequential runs this too, as the last of its children."""
+        return x
+
     def _before(self, model: nn.Module, arguments: Any) -> None:
         """The model's own forward begins: forget M, also where v was changed behind autograd's back."""
         if torch.compiler.is_compiling():
