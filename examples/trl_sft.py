@@ -1,6 +1,6 @@
 """TRL's SFTTrainer on an attached model: worked solutions instead of rewards, 13 numbers, a few seconds on a CPU.
 
-    python examples/trl_sft.py --output-dir runs/trl-sft [--max-steps 20] [--resume]
+python examples/trl_sft.py --output-dir runs/trl-sft [--max-steps 20] [--resume]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Two processes on the CPU train an attached model: what test_layers.py compares with one process.
 
-    python distributed.py RANK PORT OUTPUT
+python distributed.py RANK PORT OUTPUT
 """
 
 import os

@@ -37,7 +37,10 @@ def test_trl_trains_saves_and_resumes(name: str, more: list[str], tmp_path: Path
     assert any(row.get("grad_norm", 0) > 0 for row in history)
 
     # what save_model wrote: the base's tensors, bit for bit, and v
-    saved, base = load_file(tmp_path / "whole" / "model.safetensors"), AutoModelForCausalLM.from_pretrained(BUILTIN).state_dict()
+    saved, base = (
+        load_file(tmp_path / "whole" / "model.safetensors"),
+        AutoModelForCausalLM.from_pretrained(BUILTIN).state_dict(),
+    )
     assert torch.equal(saved.pop("tinylora.adapters.default.v"), adapter.v)
     assert saved and all(torch.equal(tensor, base[key]) for key, tensor in saved.items())
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")  # it opens as the base, without v

@@ -90,7 +90,9 @@ def test_report_of_a_bf16_merge_is_what_a_direct_measurement_finds(
     base, merged = (load_file(tmp_path / d / "model.safetensors") for d in ("base", "out"))
     wanted, found = {"0": [], "1": [], "all": []}, {"0": [], "1": [], "all": []}
     for module, (A, B) in adapter.parts.factors.items():
-        M = sum(v * P for v, P in zip(adapter.v[adapter.parts.group_of[module]], adapter.parts.projections[module], strict=True))
+        M = sum(
+            v * P for v, P in zip(adapter.v[adapter.parts.group_of[module]], adapter.parts.projections[module], strict=True)
+        )
         name = f"{module}.weight"
         assert merged[name].dtype == torch.bfloat16
         for entry in (module.split(".")[2], "all"):
@@ -161,7 +163,15 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.Captu
     ):
         with pytest.raises(InputError, match=message):
             export.main(
-                ["--adapter", str(tmp_path / "adapter"), "--model", str(tmp_path / "base"), "--output", str(tmp_path / "o"), *more]
+                [
+                    "--adapter",
+                    str(tmp_path / "adapter"),
+                    "--model",
+                    str(tmp_path / "base"),
+                    "--output",
+                    str(tmp_path / "o"),
+                    *more,
+                ]
             )
     for taken in ("base", "adapter"):  # never over the base or the adapter itself
         before = {p.name: p.read_bytes() for p in (tmp_path / taken).iterdir()}

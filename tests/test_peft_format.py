@@ -35,7 +35,9 @@ def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
 def untouched(model: torch.nn.Module, before: dict[str, Tensor]) -> bool:
     after = model.state_dict()
     classes = {type(m).__module__.split(".")[0] for m in model.modules()}
-    return list(after) == list(before) and all(torch.equal(after[n], t) for n, t in before.items()) and "tinylora" not in classes
+    return (
+        list(after) == list(before) and all(torch.equal(after[n], t) for n, t in before.items()) and "tinylora" not in classes
+    )
 
 
 def correction(adapter: tinylora.AttachedAdapter) -> dict[str, Tensor]:
