@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import xxhash
@@ -28,6 +28,9 @@ from tinylora.files import write_safetensors, write_text
 from tinylora.kernels.frozen_linear import padded_segments
 from tinylora.model.decoder import GROUPS, PROJECTIONS, Decoder, module_name
 from tinylora.model.loader import content_hash
+
+if TYPE_CHECKING:
+    from tinylora.layers import AttachedAdapter
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMAT_VERSION = 1
@@ -301,7 +304,13 @@ def save_tiny(path: Path, config: TinyLoRAConfig, parts: Parts, v: Tensor, base:
     return payload.nbytes
 
 
-def load_adapter(directory: str | Path, model: "Decoder | torch.nn.Module", name: str = "default") -> Any:
+@overload
+def load_adapter(directory: str | Path, model: Decoder) -> Adapter: ...
+@overload
+def load_adapter(directory: str | Path, model: torch.nn.Module, name: str = "default") -> "AttachedAdapter": ...
+
+
+def load_adapter(directory: str | Path, model: Decoder | torch.nn.Module, name: str = "default") -> "Adapter | AttachedAdapter":
     """Load a saved adapter onto the base it was trained on: an `Adapter` on a Decoder, attached layers on any other model.
 
     `directory` is an adapter's, a run's (its adapter/), PEFT's of a TINYLORA adapter, or a file of `export --to tiny`.
