@@ -253,6 +253,10 @@ def test_M_follows_v_however_it_changes() -> None:
         want = explicit(adapter.v.double()).float()
         torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(inner(), want, rtol=1e-4, atol=1e-4)
+    inner()
+    with torch.no_grad():
+        adapter.v.mul_(-1)
+    torch.testing.assert_close(inner(), explicit(adapter.v.double()).float(), rtol=1e-4, atol=1e-4)  # no whole forward between
     optimizer = torch.optim.SGD([adapter.v], lr=0.1)
     inner_loss = model.model(IDS, use_cache=False).last_hidden_state.square().mean()
     inner_loss.backward()
@@ -380,6 +384,10 @@ def test_compiles_without_a_graph_break(kind: str) -> None:
         adapter.load_v(some_v(adapter, seed))
         torch.testing.assert_close(gradient(compiled, adapter), gradient(model, adapter), rtol=1e-4, atol=1e-6)
     assert len(graphs) == 2 and not torch._dynamo.utils.counters["graph_break"]
+    adapter.load_v(some_v(adapter, 3))  # what a whole forward computed is not what a later block by itself may use
+    body = torch.compile(model.base_model, fullgraph=True, backend=backend)
+    found, want = (m(IDS, use_cache=False).last_hidden_state for m in (body, model.base_model))
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
     with adapter.disable():
         assert torch.equal(logits(compiled), logits(foreign_model(kind)))
     torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-5, atol=1e-5)
@@ -416,7 +424,9 @@ def test_autocast(kind: str, compiled: bool) -> None:
     run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     explicit = Explicit(kind, adapter, torch.float32)
     exact = Explicit(kind, adapter)(adapter.v.detach().double())
+    M = adapter._compute()
     with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(M, adapter._compute(), strict=True))
         ours = run(IDS, use_cache=False).logits
         distributed.loss(run, IDS).backward()
         plain = explicit(adapter.v.detach())
@@ -534,11 +544,12 @@ def test_saved_adapters_know_their_base(tmp_path: Path) -> None:
 
 
 def test_a_bf16_checkpoint_read_in_fp32_is_the_same_base(tmp_path: Path) -> None:
-    """And one changed bit of it is not."""
+    """And one changed bit of it is not, nor a change in fp32 that bf16 would round away."""
     model, adapter = attached(dtype=torch.bfloat16)
     adapter.save(tmp_path / "a")
     load_adapter(tmp_path / "a", foreign_model("qwen2", torch.bfloat16).float())
-    other = foreign_model("qwen2", torch.bfloat16).float()
-    other.model.norm.weight.data[0] *= 1 + 2**-7
-    with pytest.raises(InputError, match="was trained on"):
-        load_adapter(tmp_path / "a", other)
+    for change in (2**-7, 2**-14):
+        other = foreign_model("qwen2", torch.bfloat16).float()
+        other.model.norm.weight.data[0] *= 1 + change
+        with pytest.raises(InputError, match="was trained on"):
+            load_adapter(tmp_path / "a", other)

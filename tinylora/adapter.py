@@ -132,9 +132,13 @@ class Base:
         if base_hash(self) == wanted:
             return True
         for dtype in _DTYPES.values() if self.tensors else ():
-            narrowed = {name: t.detach().to(dtype) for name, t in (self.tensors or {}).items()}
-            if all(torch.equal(narrowed[name].to(t.dtype), t) for name, t in (self.tensors or {}).items()):
-                digests = {name: content_hash(t) for name, t in narrowed.items()}
+            digests = {}
+            for name, tensor in (self.tensors or {}).items():
+                narrowed = tensor.detach().to(dtype)
+                if not torch.equal(narrowed.to(tensor.dtype), tensor):
+                    break
+                digests[name] = content_hash(narrowed)
+            else:
                 if base_hash(dataclasses.replace(self, digests=digests)) == wanted:
                     return True
         return False
