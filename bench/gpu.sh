@@ -48,9 +48,10 @@ export -f card same_bits
 export OUT scratch
 
 stage card 30 25 bash -c card
-stage verdicts 200 25 python -m bench.verdicts --json "$OUT/verdicts.json"
-stage tests 150 12 python -m pytest -m gpu -q -p no:cacheprovider tests
+stage verdicts 150 25 python -m bench.verdicts --json "$OUT/verdicts.json"
+stage tests 100 12 python -m pytest -m gpu -q -p no:cacheprovider tests
 stage same_bits 60 3 bash -c same_bits
-stage ops 240 90 python -m bench.ops --quick --rounds 10 --json "$OUT/ops.json"
-stage step 90 12 python -m bench.step --rounds 10 --json "$OUT/step.json"
+stage rollout 100 14 python -m bench.rollout --prompts 64 --lengths gsm8k --longest 512 --rounds 3 --json "$OUT/rollout.json"
+stage ops 150 90 python -m bench.ops --quick --rounds 7 --json "$OUT/ops.json"
+stage step 60 12 python -m bench.step --rounds 10 --json "$OUT/step.json"
 say "== total: $SECONDS s"

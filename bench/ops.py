@@ -15,19 +15,21 @@ PEFT              its TinyLoRA (r=2) and LoRA (r=8) layers around the fused weig
 
 Timed in turns within one run, rotating among input sets (weights included) of more than twice the L2 cache on a GPU; on a
 CPU, rounds in which other processes used over 4 % of the machine are dropped. Ours and eager must agree, or the run ends.
-The floor is the larger of bytes / copy bandwidth and FLOP / GEMM rate, both measured first in the same run. Peak extra
-memory is what one call holds beyond its inputs, the result included.
+x bare is the median of each timing's ratio to the bare linear's in the same turn, which a drifting machine moves less than
+the ratio of two medians. The floor is the larger of bytes / copy bandwidth and FLOP / GEMM rate, both measured first in the
+same run. Peak extra memory is what one call holds beyond its inputs, the result included.
 """
 
 import argparse
-import copy
 import importlib.util
 import math
 import os
+import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import truediv
 from typing import Any
 from unittest.mock import patch
 
@@ -148,19 +150,16 @@ def _linears(
     segments, device, dtype = len(factors), weight.device, weight.dtype
     blocks = torch.randn(segments, R, R)
     contenders = {"bare": Contender(lambda x: F.linear(x, weight), backward=lambda dy: dy @ weight)}
+    M = torch.zeros(1, padded_segments(segments, R, NARROW if device.type == "cpu" else 1), R, R, device=device)
+    M[0, :segments] = blocks.to(device)
+    M.requires_grad_()
     for name in _backends(device.type):
         with _backend(name):
             group = FrozenLinear.empty(*weight.shape, False, dtype, device)
             group.weight.copy_(weight)
-            group.pack(factors, sizes)
-            if name != "padded":  # which is for rows that carry z alone
-                M = blocks[None].to(device).requires_grad_()
-                contenders[f"ours, {name}"] = Contender(_under(name, group, M), [M])
-            group = copy.copy(group)
             group.pack(factors, sizes, NARROW if device.type == "cpu" else 1)  # as a Decoder does
-        assert group.A is not None
-        M = torch.zeros(1, len(group.A) // R, R, R, device=device)
-        M[0, :segments] = blocks.to(device)
+            if name != "padded":  # which is for rows that carry z alone
+                contenders[f"ours, {name}"] = Contender(_under(name, group, M), [M])
         contenders[f"engine, {name}"] = _engine(name, group, M, x, dy)
     A = torch.cat([a for a, _ in factors]).to(device, dtype)  # (R segments, K)
     Bt = torch.block_diag(*(b.T for _, b in factors)).to(device, dtype)  # (R segments, N)
@@ -386,7 +385,7 @@ def measure(case: Case, rates: tuple[float, float], device: str, rounds: int, mo
                     "tflops": case.flop[i] / medians[name] / 1e12,
                     "gbytes_per_second": case.bytes[i] / medians[name] / 1e9,
                     "x_floor": medians[name] / floor,
-                    "x_bare": medians[name] / medians["bare"] if "bare" in medians else None,
+                    "x_bare": statistics.median(map(truediv, spent, seconds["bare"])) if "bare" in seconds else None,
                     "peak_extra_bytes": peak_extra_bytes(lambda call=calls[name]: call(0), device),
                     "share_of_logits": None,
                     "timings": len(spent),

@@ -84,6 +84,25 @@ def attach_line(result: Result) -> str:
     )
 
 
+def rollout_table(result: Result) -> str:
+    what = f"{result['model']}, {result['prompts']} x {result['samples']}, lengths {result['lengths']}"
+    rate = result["tokens_per_second"]
+    rows = []
+    for name, seconds in result["seconds"].items():
+        floor = f"{seconds['median'] / result['floor_seconds']:.1f}" if name in ("ours", "base") else ""
+        rows.append([name, f"{seconds['median'] * 1e3:,.0f}", f"{rate[name]:,.0f}", floor, f"{rate['ours'] / rate[name]:.2f}"])
+    return markdown([what, "ms", "tokens/s", "x floor", "ours is x"], rows)
+
+
+def memory_line(result: Result) -> str:
+    ours, trl = (result["found"][name] for name in ("ours", "trl"))
+    return (
+        f"Peak memory of one step at {result['model']} shapes, 8 completions: {ours['peak']:.1f} GB, of which "
+        f"{ours['peak'] - ours['before']:.1f} GB are the step's; TRL {trl['peak']:.1f} GB and "
+        f"{trl['peak'] - trl['before']:.1f} GB."
+    )
+
+
 def layers_table(result: Result) -> str:
     rows = []
     for name, entry in result["contenders"].items():
@@ -93,7 +112,14 @@ def layers_table(result: Result) -> str:
     return markdown([title, "ms", "x bare", "peak extra MB"], rows)
 
 
-WRITERS = {"step": step_table, "ops": ops_tables, "attach": attach_line, "layers": layers_table}
+WRITERS = {
+    "step": step_table,
+    "rollout": rollout_table,
+    "memory": memory_line,
+    "layers": layers_table,
+    "ops": ops_tables,
+    "attach": attach_line,
+}
 
 
 def section(results: Sequence[Result]) -> str:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from bench.measure import peak_extra_bytes
 from tinylora.kernels import token_logprobs as tl
-from tinylora.kernels.attention import decode_attention, packed_attention, packed_attention_ref
+from tinylora.kernels.attention import Packing, packed_attention, packed_attention_ref
+from tinylora.kernels.decode_attention import CacheView, decode_attention
 from tinylora.kernels.sampling import sample, uniforms
 
 
@@ -22,26 +23,38 @@ def forward_and_gradients(f, inputs, dy):
 
 def ops():
     """name, ours, reference, inputs with a gradient (fp64)."""
-    index, lengths = torch.tensor([*range(5), *range(6, 7), *range(12, 18)]), [5, 1, 6]
+
+    def case(name, lengths, prefixes=(), capacity=None):
+        rows, whole = sum(lengths), len(lengths) - len(prefixes)
+        starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+        # the same sequences written out, a suffix behind a copy of what it continues, and its rows of the result
+        parts = [range(starts[i], starts[i + 1]) for i in range(len(lengths))]
+        full = [*parts[:whole], *([*parts[p], *parts[whole + i]] for i, p in enumerate(prefixes))]
+        index, keep, at = torch.tensor([r for f in full for r in f]), [], 0
+        for f, part in zip(full, parts, strict=True):
+            keep += range(at + len(f) - len(part), at + len(f))
+            at += len(f)
+
+        def written_out(attention):
+            return lambda q, k, v: attention(q[index], k[index], v[index], [len(f) for f in full])[keep]
+
+        def ours(q, k, v):
+            return packed_attention(q, k, v, Packing(lengths, prefixes, q.dtype, q.device, capacity))
+
+        inputs = [randn(rows, heads, 8, seed=i) for i, heads in enumerate((4, 2, 2))]
+        return name, ours, written_out(packed_attention_ref), written_out(library_attention), inputs
 
     return [
-        (
-            "short attention",
-            lambda q, k, v: packed_attention(q, k, v, index, 3, 6),
-            lambda q, k, v: packed_attention_ref(q, k, v, lengths),
-            [randn(12, 4, 8), randn(12, 2, 8, seed=1), randn(12, 2, 8, seed=2)],
-        ),
-        (
-            "attention",
-            lambda q, k, v: packed_attention(q, k, v, index + torch.tensor([0] * 5 + [194] + [388] * 6), 3, 200),
-            lambda q, k, v: packed_attention_ref(q, k, v, lengths),
-            [randn(12, 4, 8), randn(12, 2, 8, seed=1), randn(12, 2, 8, seed=2)],
-        ),
+        case("short", [5, 1, 6]),
+        case("long", [150, 1, 6]),
+        case("short, suffixes", [5, 3, 4, 1, 6], (0, 0, 1)),
+        case("long, suffixes", [5, 140, 4, 1, 6], (0, 1, 1)),
+        case("over a fixed number of keys", [5, 3, 4, 1, 6], (0, 0, 1), 24),
     ]
 
 
-def library_attention(q, k, v):
-    parts = [x.split([5, 1, 6]) for x in (q, k, v)]
+def library_attention(q, k, v, lengths):
+    parts = [x.split(lengths) for x in (q, k, v)]
     outs = [
         F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in qkv), is_causal=True, enable_gqa=True)[0].transpose(
             0, 1
@@ -57,8 +70,7 @@ def test_forward_and_gradients(case):
 
     Plain PyTorch is the reference; for attention it is the library's own attention, one sequence at a time.
     """
-    name, op, ref, inputs = case
-    plain = library_attention if "attention" in name else ref
+    _, op, ref, plain, inputs = case
     dy = randn(*ref(*inputs).shape, seed=77)
     want = forward_and_gradients(ref, inputs, dy)
     for ours, theirs in zip(forward_and_gradients(op, inputs, dy), want, strict=True):
@@ -74,20 +86,25 @@ def test_forward_and_gradients(case):
     assert (error[0].sqrt() <= 2 * error[1].sqrt()).all(), error
 
 
-def test_decode_attention_is_the_last_row_of_packed_attention():
+@pytest.mark.parametrize("paged", [False, True])
+def test_decode_attention_is_the_last_row_of_packed_attention(paged):
     """Three slots of different lengths in one cache, each against the causal attention of its whole sequence."""
-    lengths, capacity = [5, 1, 9], 12
+    lengths, size = [5, 1, 9], 4 if paged else 12
     q, k, v = randn(15, 4, 8), randn(15, 2, 8, seed=1), randn(15, 2, 8, seed=2)
     whole = packed_attention_ref(q, k, v, lengths)
-    keys, values = torch.full((3, 2, capacity, 8), torch.nan).double(), torch.full((3, 2, capacity, 8), torch.nan).double()
-    keys[:, :, :9], values[:, :, :9] = 7.0, 7.0  # stale entries beyond a slot's length must not matter
-    last = torch.tensor(lengths).cumsum(0) - 1
+    keys, values = torch.full((8, 2, size, 8), 7.0).double(), torch.full((8, 2, size, 8), 7.0).double()  # stale entries
+    table = torch.tensor([[3, 1, 7], [0, 7, 7], [6, 2, 5]], dtype=torch.int32) if paged else None
+    if not paged:
+        keys[:, :, 9:], values[:, :, 9:] = torch.nan, torch.nan  # beyond `longest` nobody reads
     for slot, (k_, v_) in enumerate(zip(k.split(lengths), v.split(lengths), strict=True)):
-        keys[slot, :, : len(k_)], values[slot, :, : len(v_)] = k_.transpose(0, 1), v_.transpose(0, 1)
-    hidden = torch.arange(9) >= torch.tensor(lengths)[:, None]
-    bias = torch.zeros(3, 9, dtype=torch.float64).masked_fill(hidden, -torch.inf)
-    out = decode_attention(q[last], keys[:, :, :9], values[:, :, :9], bias)
-    torch.testing.assert_close(out, whole[last], rtol=1e-12, atol=1e-12)
+        for i in range(len(k_)):
+            page = slot if table is None else table[slot, i // size]
+            keys[page, :, i % size], values[page, :, i % size] = k_[i], v_[i]
+    last = torch.tensor(lengths).cumsum(0) - 1
+    view = CacheView(torch.tensor(lengths) - 1, table, size, 9, torch.float64)
+    out, z = decode_attention(q[last], keys, values, view, None)
+    assert z is None
+    torch.testing.assert_close(out, whole[last].flatten(1), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.errors import InputError
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model import load_model
-from tinylora.rl import rollout as rollout_module
-from tinylora.rl.rollout import Completion, Sampling, rollout
+from tinylora.model.decoder import KVCache
+from tinylora.rl.rollout import Completion, Sampling, Usage, rollout
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15, 16], [20, 21]]
 SAMPLING = Sampling(30, temperature=1.0, seed=5, eos_ids=(7, 9))
@@ -48,18 +49,63 @@ def test_batch_mates_do_not_matter(adapted):
     same(whole, alone)
 
 
-def test_a_small_cache_takes_turns(adapted, monkeypatch):
+@pytest.mark.parametrize("page_size", [None, 4, 16])
+@pytest.mark.parametrize("slots", [1, 3, 8, 64])
+def test_slots_pages_and_sharing_change_nothing(adapted, slots, page_size):
+    """Any number of slots, either cache layout, any order of admission, prompts shared or not, on a roomy or a tight cache."""
     model, _, matrices = adapted
     whole = rollout(model, matrices, PROMPTS, 4, SAMPLING)
-    monkeypatch.setattr(rollout_module, "CACHE_BYTES", {"cpu": 1})
-    same(whole, rollout(model, matrices, PROMPTS, 4, SAMPLING))
+    usage = Usage()
+    for options in (
+        {},
+        {"share_prompts": False},
+        {"expected": [3.0, 1.0, 5.0, 2.0, 4.0]},
+        {"cache_bytes": 48 * KVCache.bytes_per_token(model.config, 4) + 1},
+    ):
+        same(whole, rollout(model, matrices, PROMPTS, 4, SAMPLING, slots=slots, page_size=page_size, usage=usage, **options))
+    assert usage.tokens == 4 * sum(len(c.tokens) for c in whole)
+    if page_size == 4 and slots > 3:
+        assert usage.restarted > 0, "the tight cache should have made sequences start over"
 
 
-def test_a_growing_cache_changes_nothing(adapted, monkeypatch):
+def test_a_cache_too_small_for_one_sequence_is_refused(adapted):
     model, _, matrices = adapted
-    whole = rollout(model, matrices, PROMPTS, 4, SAMPLING)
-    monkeypatch.setattr(rollout_module, "GROWTH", 1)
-    same(whole, rollout(model, matrices, PROMPTS, 4, SAMPLING))
+    with pytest.raises(InputError, match="KV cache"):
+        rollout(model, matrices, PROMPTS, 4, SAMPLING, cache_bytes=35 * KVCache.bytes_per_token(model.config, 4), page_size=4)
+    with pytest.raises(InputError, match="KV cache"):
+        rollout(model, matrices, PROMPTS, 4, SAMPLING, cache_bytes=1)
+    with pytest.raises(InputError, match="prompt 1 is empty"):
+        rollout(model, matrices, [[1], []], 4, SAMPLING)
+
+
+def test_limits_cut_sequences_one_by_one(adapted):
+    model, _, matrices = adapted
+    whole, limits = rollout(model, matrices, PROMPTS, 4, SAMPLING), [1 + i % 7 for i in range(20)]
+    short = rollout(model, matrices, PROMPTS, 4, SAMPLING, slots=3, limits=limits)
+    assert [c.tokens for c in short] == [c.tokens[:n] for c, n in zip(whole, limits, strict=True)]
+
+
+def test_a_prompt_is_prefilled_once_for_its_samples(adapted):
+    model, _, matrices = adapted
+    shared, apart = Usage(), Usage()
+    rollout(model, matrices, PROMPTS, 4, SAMPLING, slots=3, usage=shared)
+    rollout(model, matrices, PROMPTS, 4, SAMPLING, slots=3, share_prompts=False, usage=apart)
+    assert shared.prefilled == sum(len(p) - 1 for p in PROMPTS) == apart.prefilled // 4
+
+
+def test_watch_sees_every_token_as_it_comes(adapted):
+    model, _, matrices = adapted
+    seen: dict[int, list[int]] = {}
+    calls = []
+
+    def watch(sequence: int, tokens: list[int]) -> None:
+        assert tokens[: len(seen.get(sequence, []))] == seen.get(sequence, []), "a token changed after it was shown"
+        seen[sequence] = tokens
+        calls.append(sequence)
+
+    whole = rollout(model, matrices, PROMPTS, 2, SAMPLING, slots=3, watch=watch)
+    assert [seen[i] for i in range(10)] == [c.tokens for c in whole]
+    assert len(calls) == sum(len(c.tokens) for c in whole)
 
 
 def test_seed_and_sequence_number_change_the_sample(adapted):

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.errors import InputError
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model import load_model
 from tinylora.rl import update as update_module
 from tinylora.rl.advantages import compute_advantages
 from tinylora.rl.config import TrainConfig
+from tinylora.rl.memory import MemoryPlan
 from tinylora.rl.rollout import Completion
 from tinylora.rl.update import Batch, update
 
@@ -91,7 +93,7 @@ def ours(case, c: TrainConfig, old=None):
     if old is not None:
         batch.old_logps.update(old)
     adapter.v.grad = None
-    metrics = update(adapter, batch, c)
+    metrics = update(adapter, batch, c, MemoryPlan(0, 0, 0, 1, c.microbatch_tokens, 0))
     return metrics, adapter.v.grad.clone(), batch
 
 
@@ -150,8 +152,8 @@ def test_first_iteration_keeps_its_logprobs(case):
 
 def test_dead_groups_are_skipped_only_where_that_is_exact(case, monkeypatch):
     scored = []
-    score = update_module._score
-    monkeypatch.setattr(update_module, "_score", lambda a, m, b, part, t: scored.append(part) or score(a, m, b, part, t))
+    score = update_module.score
+    monkeypatch.setattr(update_module, "score", lambda *a: scored.append(a[4]) or score(*a))
     ours(case, config())
     assert scored == [[0, 1, 2, 3, 8, 9, 10, 11]]
     scored.clear()
@@ -173,3 +175,40 @@ def test_an_all_dead_batch_has_a_zero_gradient_and_no_forward(case, monkeypatch)
     monkeypatch.setattr(adapter.model, "packed", lambda *a: pytest.fail("a dead batch was scored"))
     metrics, gradient, _ = ours((adapter, prompts, completions, torch.ones(12)), config())
     assert gradient.count_nonzero() == 0 and metrics["loss"] == 0 and metrics["entropy"] is None
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_out_of_memory_halves_the_microbatch_and_loses_nothing(case, monkeypatch, when):
+    """Microbatches of over 60 tokens run out of memory, in the forward or in the backward of what is scored."""
+    adapter, prompts, completions, rewards = case
+    packed = adapter.model.packed
+
+    class TooMuch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, dx):
+            raise torch.OutOfMemoryError("pretended")
+
+    def tight(tokens, *a, **k):
+        if when == "forward" and len(tokens) > 60:
+            raise torch.OutOfMemoryError("pretended")
+        hidden = packed(tokens, *a, **k)
+        return TooMuch.apply(hidden) if len(tokens) > 60 else hidden
+
+    c = config(microbatch_tokens=200)
+    loss, gradient = naive(case, c)
+    monkeypatch.setattr(adapter.model, "packed", tight)
+    plan = MemoryPlan(0, 0, 0, 1, 200, 0)
+    adapter.v.grad = None
+    batch = Batch(prompts, completions, compute_advantages(rewards, GENERATIONS, c.scale_rewards))
+    metrics = update(adapter, batch, c, plan)
+    torch.testing.assert_close(adapter.v.grad, gradient, rtol=1e-9, atol=1e-11)
+    assert math.isclose(metrics["loss"], loss, rel_tol=1e-9) and plan.microbatch_tokens == 50
+    monkeypatch.setattr(adapter.model, "packed", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("pretended")))
+    before = adapter.v.grad.clone()
+    with pytest.raises(InputError, match="one completion"):
+        update(adapter, batch, c, plan)
+    assert torch.equal(adapter.v.grad, before)

@@ -56,7 +56,7 @@ def describe(trainer: Trainer) -> str:
 
 def main(arguments: list[str]) -> int:
     trainer = Trainer(parse(arguments))
-    print(describe(trainer), flush=True)
+    print(describe(trainer), trainer.plan, sep="\n", flush=True)
     finished = trainer.train()
     path = trainer.run_directory.path
     if not finished:

@@ -68,12 +68,13 @@ def test_zero_v_is_adapter_off_bitwise(tiny_model: Callable[..., Path], monkeypa
 
 
 def test_rollout(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefill and decode on interpreted kernels sample the tokens that the plain path does."""
+    """Prefill and decode on interpreted kernels, over one long page a slot and over small ones, sample the tokens that the
+    plain path does."""
     path, tokens = tiny_model("qwen2"), []
-    for backend in ("addmm", "padded"):
+    for backend, page_size in (("addmm", None), ("padded", None), ("padded", 2)):
         monkeypatch.setenv("TINYLORA_BACKEND", backend)
         model = load_model(str(path))
         matrices = Adapter(model, TinyLoRAConfig(u=2, n_tie="all")).matrices(torch.full((1, 2), 0.2))
-        completions = rollout(model, matrices, [[5, 6, 7], [8]], 2, Sampling(4, seed=3))
+        completions = rollout(model, matrices, [[5, 6, 7], [8]], 2, Sampling(4, seed=3), page_size=page_size)
         tokens.append([c.tokens for c in completions])
-    assert tokens[0] == tokens[1]
+    assert tokens[0] == tokens[1] == tokens[2]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinylora.kernels import add_norm, fused_linear, rope, self_check, shrink, swiglu
+from tinylora.kernels import add_norm, decode_attention, fused_linear, rope, self_check, shrink, swiglu
 
 CPU = torch.device("cpu")
 
@@ -57,6 +57,9 @@ FAULTS = [
     ("swiglu", swiglu, "swiglu_backward_triton", changed(Z, slightly_off)),
     ("rope", rope, "rope_triton", lambda found: (slightly_off(found[0]), *found[1:])),
     ("rope", rope, "rope_triton", lambda found: (*found[:2], slightly_off(found[2]))),
+    ("decode_attention", rope, "rope_cache_triton", slightly_off),
+    ("decode_attention", decode_attention, "decode_attention_triton", lambda found: (slightly_off(found[0]), found[1])),
+    ("decode_attention", decode_attention, "decode_attention_triton", lambda found: (found[0], slightly_off(found[1]))),
     ("rope", rope, "rope_backward_triton", changed(0, slightly_off)),
     ("rope", rope, "rope_backward_triton", changed(Z, slightly_off)),
     ("reduce_dm", self_check, "reduce_dm_triton", slightly_off),

@@ -1,14 +1,19 @@
-"""Causal attention with grouped queries: over packed whole sequences, and over a KV cache for one new token a slot.
+"""Causal attention with grouped queries over packed sequences, some of which continue others: prefill, scoring and update.
 
     out = softmax(q k^T / sqrt(D)) v
 
-Prefill and update attention is a library's job: sequences are padded on the right, where a causal mask never looks, and go
-through PyTorch's scaled_dot_product_attention. Decode is a single query per slot, and three plain operations.
+It is a library's job: PyTorch's variable-length attention on a GPU in half precision, where nothing is padded, elsewhere its
+scaled_dot_product_attention over sequences padded on the right, where a causal mask never looks.
 
-Short sequences on a CPU take those same operations in prefill and update too: forward five times faster than the library at
-40 tokens (half as fast at 400), and, with query rows padded to a multiple of 8 as for every GEMM, the same bits as decode.
-The rollout's log-probs are then exactly the update's.
+Short sequences on a CPU take plain operations instead, the ones that decode takes: forward five times faster than the library
+at 40 tokens (half as fast at 400), and, with query rows padded to a multiple of 8 as for every GEMM, nearly always the same
+bits as decode; over a fixed number of keys (`capacity`) always.
 """
+
+import inspect
+from collections.abc import Sequence
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +63,7 @@ def packed_attention_ref(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) ->
     return torch.cat(outs)
 
 
-def _softmax_scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+def softmax_scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
     """q (..., rows, D), k (..., length, D), bias (..., rows, length) -> probabilities (..., rows, length)."""
     return _softmax(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)) + bias)
 
@@ -77,76 +82,141 @@ class _PlainAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(q, k, v, bias)
-        return torch.matmul(_softmax_scores(q, k, bias), v)
+        return torch.matmul(softmax_scores(q, k, bias), v)
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
         q, k, v, bias = ctx.saved_tensors
-        p = _softmax_scores(q, k, bias)  # (B, Hkv, rows, length)
+        p = softmax_scores(q, k, bias)  # (B, Hkv, rows, length)
         dp = torch.matmul(dout, v.transpose(-1, -2))
         ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(q.shape[-1] ** -0.5)
         return torch.matmul(ds, k), torch.matmul(ds.transpose(-1, -2), q), torch.matmul(p.transpose(-1, -2), dout), None
+
+
+class Packing:
+    """Where everything lies in a pack of whole sequences and of suffixes that continue some of them.
+
+    A suffix sees its prefix's keys and, causally, its own, so a prompt is scored once for all its completions; the prefix's
+    keys and values get the sum of all their suffixes' gradients.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],  # of the whole sequences, then of the suffixes; they sum to T
+        prefixes: Sequence[int],  # of each suffix: the sequence it continues
+        dtype: torch.dtype,
+        device: torch.device,
+        capacity: int | None,  # keys to cover, for bits that do not depend on the pack; None: as many as there are
+    ) -> None:
+        self.whole, self.capacity = len(lengths) - len(prefixes), capacity
+        before = [0] * self.whole + [lengths[p] for p in prefixes]  # tokens ahead of each sequence or suffix
+        self.lengths, self.before, self.prefixes, self.dtype, self.device = lengths, before, prefixes, dtype, device
+        self.split = sum(lengths[: self.whole])  # rows of whole sequences
+        self.longest = capacity or max(lengths[: self.whole])
+        own = torch.tensor(lengths, device=device)  # (sequences,)
+        self.starts = own.cumsum(0) - own  # (sequences,)
+        self.sequence = torch.arange(len(lengths), device=device).repeat_interleave(own)  # (T,)
+        self.place = torch.arange(sum(lengths), device=device) - self.starts[self.sequence]  # (T,)
+        self.positions = self.place + torch.tensor(before, device=device)[self.sequence]  # (T,)
+
+    @cached_property
+    def index(self) -> Tensor:  # (split,): sequence * longest + position
+        return self.sequence[: self.split] * self.longest + self.place[: self.split]
+
+    @cached_property
+    def suffixes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """index (T',): suffix * rows + place in it; keys (suffixes, length): the rows of k that a suffix may see, its prefix's
+        first; bias (suffixes, rows, length): 0 where a key is visible and -inf where not."""
+        own = torch.tensor(self.lengths[self.whole :], device=self.device)
+        ahead = torch.tensor(self.before[self.whole :], device=self.device)[:, None]  # (suffixes, 1)
+        rows = int(own.max()) + int(-own.max() % NARROW)
+        length = self.capacity or int((own + ahead[:, 0]).max())
+        position = torch.arange(length, device=self.device)  # (length,)
+        parents = torch.tensor(self.prefixes, device=self.device)
+        keys = torch.where(
+            position < ahead, self.starts[parents, None] + position, self.starts[self.whole :, None] + position - ahead
+        )
+        keys = keys.clamp_max(len(self.sequence) - 1)  # beyond its own tokens a suffix sees nothing; any row will do
+        future = position > ahead[:, :, None] + torch.arange(rows, device=self.device)[:, None]  # (suffixes, rows, length)
+        bias = torch.zeros(future.shape, dtype=self.dtype, device=self.device).masked_fill_(future, -torch.inf)
+        index = (self.sequence[self.split :] - self.whole) * rows + self.place[self.split :]
+        return index, keys, bias
+
+    @cached_property
+    def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """keys (T'',): the rows of k that each sequence or suffix sees, one after another; ends of queries and of keys
+        (sequences + 1,) int32; the longest of each."""
+        starts, rows = self.starts.tolist(), []
+        for i, n in enumerate(self.lengths):
+            if i >= self.whole:
+                parent = self.prefixes[i - self.whole]
+                rows.append(torch.arange(starts[parent], starts[parent] + self.lengths[parent]))
+            rows.append(torch.arange(starts[i], starts[i] + n))
+        seen = [n + b for n, b in zip(self.lengths, self.before, strict=True)]
+        ends = [F.pad(torch.tensor(x).cumsum(0), (1, 0)).to(self.device, torch.int32) for x in (self.lengths, seen)]
+        return torch.cat(rows).to(self.device), ends[0], ends[1], max(self.lengths), max(seen)
+
+
+@cache
+def _varlen() -> tuple[Any, dict[str, Any]]:
+    """PyTorch's variable-length attention and the arguments that make it causal. From 2.12 on it wants to be told of grouped
+    queries; before, it takes them without a word."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return varlen_attn, {"window_size": (-1, 0), **gqa}
 
 
 def packed_attention(
     q: Tensor,  # (T, H, D)
     k: Tensor,  # (T, Hkv, D)
     v: Tensor,  # (T, Hkv, D)
-    index: Tensor,  # (T,): sequence * longest + position
-    sequences: int,
-    longest: int,
+    layout: Packing,
 ) -> Tensor:  # (T, H, D)
-    """Causal attention inside each of the packed sequences, with gradients for q, k and v."""
-    heads, kv_heads = q.shape[1], k.shape[1]
+    """Causal attention inside each of the packed sequences and suffixes, with gradients for q, k and v."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        rows, ends_q, ends_k, longest_q, longest_k = layout.varlen
+        if layout.prefixes:
+            k, v = k.index_select(0, rows), v.index_select(0, rows)
+        attention, options = _varlen()
+        out: Tensor = attention(q.contiguous(), k.contiguous(), v.contiguous(), ends_q, ends_k, longest_q, longest_k, **options)
+        return out
+    split = layout.split
+    out = _whole(q[:split], k[:split], v[:split], layout)
+    return torch.cat([out, _suffixes(q[split:], k, v, layout)]) if layout.prefixes else out
+
+
+def _plain(q: Tensor, length: int, layout: Packing) -> bool:
+    return q.device.type == "cpu" and (length <= SHORT or layout.capacity is not None)
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor, layout: Packing) -> Tensor:
+    heads, kv_heads, sequences, longest = q.shape[1], k.shape[1], layout.whole, layout.longest
 
     def pad(x: Tensor) -> Tensor:  # (T, heads, D) -> (sequences, heads, longest, D)
-        return _Pad.apply(x, index, sequences * longest).unflatten(0, (sequences, longest)).transpose(1, 2)
+        return _Pad.apply(x, layout.index, sequences * longest).unflatten(0, (sequences, longest)).transpose(1, 2)
 
-    if q.device.type != "cpu" or longest > SHORT:
+    if not _plain(q, longest, layout):
         out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), is_causal=True, enable_gqa=heads != kv_heads)
-        return _Unpad.apply(out.transpose(1, 2).flatten(0, 1), index)
+        return _Unpad.apply(out.transpose(1, 2).flatten(0, 1), layout.index)
     share = heads // kv_heads
     rows = pad(q).unflatten(1, (kv_heads, share)).flatten(2, 3)  # (sequences, Hkv, share * longest, D)
     future = torch.full((longest, longest), -torch.inf, dtype=q.dtype).triu(1)
     out = _PlainAttention.apply(rows, pad(k), pad(v), future.repeat(share, 1))
     out = out.unflatten(2, (share, longest)).flatten(1, 2)  # (sequences, H, longest, D)
-    return _Unpad.apply(out.transpose(1, 2).flatten(0, 1), index)
+    return _Unpad.apply(out.transpose(1, 2).flatten(0, 1), layout.index)
 
 
-def suffix_attention(
-    q: Tensor,  # (T', H, D): the suffixes' tokens, one suffix after another
-    k: Tensor,  # (T, Hkv, D): of the whole pack
-    v: Tensor,  # (T, Hkv, D)
-    index: Tensor,  # (T',): suffix * rows + place in the suffix
-    keys: Tensor,  # (suffixes, length): rows of k that a suffix may see, its prefix's first
-    bias: Tensor,  # (suffixes, rows, length), 0 where a key is visible and -inf where not
-) -> Tensor:  # (T', H, D)
-    """Attention of sequences that share a prefix: each suffix sees its prefix's keys and, causally, its own. The prefix's
-    keys and values get the sum of all their suffixes' gradients."""
+def _suffixes(q: Tensor, k: Tensor, v: Tensor, layout: Packing) -> Tensor:
+    """q (T', H, D): the suffixes' tokens; k and v (T, Hkv, D): of the whole pack."""
+    index, keys, bias = layout.suffixes
     heads, kv_heads, (suffixes, rows, length) = q.shape[1], k.shape[1], bias.shape
     q = _Pad.apply(q, index, suffixes * rows).unflatten(0, (suffixes, rows)).transpose(1, 2)  # (suffixes, H, rows, D)
     k, v = (x.index_select(0, keys.flatten()).unflatten(0, keys.shape).transpose(1, 2) for x in (k, v))
-    if q.device.type != "cpu" or length > SHORT:
+    if not _plain(q, length, layout):
         out = F.scaled_dot_product_attention(q, k, v, bias[:, None], enable_gqa=heads != kv_heads)
     else:
         share = heads // kv_heads
         q = q.unflatten(1, (kv_heads, share)).flatten(2, 3)  # (suffixes, Hkv, share * rows, D)
         out = _PlainAttention.apply(q, k, v, bias.repeat(1, share, 1)[:, None]).unflatten(2, (share, rows)).flatten(1, 2)
     return _Unpad.apply(out.transpose(1, 2).flatten(0, 1), index)
-
-
-def decode_attention(
-    q: Tensor,  # (slots, H, D)
-    keys: Tensor,  # (slots, Hkv, length, D)
-    values: Tensor,  # (slots, Hkv, length, D)
-    bias: Tensor,  # (slots, length), 0 where a key is visible and -inf where not
-) -> Tensor:  # (slots, H, D)
-    """One query per slot against its cached keys. The H/Hkv queries that share a key head are rows of one small matmul."""
-    share = q.shape[1] // keys.shape[1]
-    q = q.unflatten(1, (keys.shape[1], share))  # (slots, Hkv, share, D)
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, keys, values, bias[:, None, None]).flatten(1, 2)
-    pad = (0, 0, 0, -share % NARROW)  # for the two products alone
-    scores = torch.matmul(F.pad(q * q.shape[-1] ** -0.5, pad), keys.transpose(-1, -2))[:, :, :share]
-    p = _softmax(scores + bias[:, None, None])  # (slots, Hkv, share, length)
-    return torch.matmul(F.pad(p, pad), values)[:, :, :share].flatten(1, 2)

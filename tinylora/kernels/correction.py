@@ -47,6 +47,11 @@ class Correction:
         dense.diagonal(dim1=0, dim2=2).copy_(self.M.detach()[0].permute(1, 2, 0))
         return dense.view(segments * r, -1)
 
+    def refresh(self) -> None:
+        """M was changed in place: so is what was derived from it, in its place, where a CUDA graph reads it."""
+        if (stale := self.__dict__.pop("dense", None)) is not None:
+            self.__dict__["dense"] = stale.copy_(self.dense)
+
     def mix(self, t: Tensor, transposed: bool = False, out: Tensor | None = None) -> Tensor:
         """z = M t, or M^T t, for t (T, R), in M's precision, rounded to t's; into `out` where that is given.
 

@@ -109,7 +109,12 @@ def _forward(  # type: ignore[no-untyped-def]
     sin_ptr,  # (T, D)
     qw_ptr,  # (D,)
     kw_ptr,  # (D,)
-    out_ptr,  # (T, heads + 2 kv_heads, D)
+    out_ptr,  # (T, heads + 2 kv_heads, D); (T, heads, D) where k and v go into a cache
+    keys_ptr,  # (pages, kv_heads, page_size, D)
+    values_ptr,  # (pages, kv_heads, page_size, D)
+    position_ptr,  # (T,) int64
+    table_ptr,  # (T, most) int32: the page of each page_size positions
+    most,
     heads,
     qk_heads,
     all_heads,
@@ -118,6 +123,7 @@ def _forward(  # type: ignore[no-untyped-def]
     stride_cos,
     eps,
     NORM: tl.constexpr,
+    PAGE: tl.constexpr,  # page_size; 0: no cache
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
@@ -142,9 +148,26 @@ def _forward(  # type: ignore[no-untyped-def]
             x2 = tl.where(turned, x2 * rstd * tl.where(is_q, q2[None, :], k2[None, :]).to(tl.float32), x2)
         y1 = tl.where(turned, x1 * cos - x2 * sin, x1)
         y2 = tl.where(turned, x2 * cos + x1 * sin, x2)
-        y_ptr = out_ptr + row * all_heads * (2 * half) + place
-        tl.store(y_ptr, y1.to(out_ptr.dtype.element_ty), mask)
-        tl.store(y_ptr + half, y2.to(out_ptr.dtype.element_ty), mask)
+        y1, y2 = y1.to(out_ptr.dtype.element_ty), y2.to(out_ptr.dtype.element_ty)
+        if PAGE > 0:
+            y_ptr = out_ptr + row * heads * (2 * half) + place
+            to_q = mask & (head < heads)[:, None]
+            tl.store(y_ptr, y1, to_q)
+            tl.store(y_ptr + half, y2, to_q)
+            position, kv_heads = tl.load(position_ptr + row), qk_heads - heads
+            page = tl.load(table_ptr + row * most + position // PAGE).to(tl.int64)
+            kv_head = (head - heads) % kv_heads  # k's and v's heads follow q's; what is masked may be anything
+            cell = ((page * kv_heads + kv_head[:, None]) * PAGE + position % PAGE) * (2 * half) + d[None, :]
+            to_k = mask & turned & (head >= heads)[:, None]
+            tl.store(keys_ptr + cell, y1, to_k)
+            tl.store(keys_ptr + cell + half, y2, to_k)
+            to_v = mask & (head >= qk_heads)[:, None]
+            tl.store(values_ptr + cell, y1, to_v)
+            tl.store(values_ptr + cell + half, y2, to_v)
+        else:
+            y_ptr = out_ptr + row * all_heads * (2 * half) + place
+            tl.store(y_ptr, y1, mask)
+            tl.store(y_ptr + half, y2, mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -243,22 +266,37 @@ def config(h: Heads) -> dict[str, int]:
     return {"HEADS": 8, "HALF": triton.next_power_of_2(h.head_dim // 2), "num_warps": 4}
 
 
-def rope_triton(qkv: Tensor, cos: Tensor, sin: Tensor, h: Heads) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward in one kernel; q, k and v are parts of one new tensor."""
-    every = h.heads + 2 * h.kv_heads
-    out = qkv.new_empty(len(qkv), every, h.head_dim)
+def _launch_forward(qkv: Tensor, cos: Tensor, sin: Tensor, h: Heads, out: Tensor, cache: tuple[Tensor, ...]) -> None:
+    """cache: keys, values, positions, table; or nothing."""
     qw, kw = (cos, cos) if h.q_norm is None or h.k_norm is None else (h.q_norm, h.k_norm)
-    counts = (h.heads, h.heads + h.kv_heads, every, h.head_dim // 2)
-    strides = (qkv.stride(0), cos.stride(0))
+    counts = (h.heads, h.heads + h.kv_heads, h.heads + 2 * h.kv_heads, h.head_dim // 2)
+    most, page = (cache[3].shape[1], cache[0].shape[2]) if cache else (0, 0)
     launch(
         _forward,
         (len(qkv),),
-        *(qkv, cos, sin, qw, kw, out, *counts, *strides, h.eps),
+        *(qkv, cos, sin, qw, kw, out, *(cache or (out, out, out, out)), most),
+        *(*counts, qkv.stride(0), cos.stride(0), h.eps),
         NORM=h.q_norm is not None,
+        PAGE=page,
         **config(h),
     )
+
+
+def rope_triton(qkv: Tensor, cos: Tensor, sin: Tensor, h: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward in one kernel; q, k and v are parts of one new tensor."""
+    out = qkv.new_empty(len(qkv), h.heads + 2 * h.kv_heads, h.head_dim)
+    _launch_forward(qkv, cos, sin, h, out, ())
     q, k, v = out.split((h.heads, h.kv_heads, h.kv_heads), 1)
     return q, k, v
+
+
+def rope_cache_triton(
+    qkv: Tensor, cos: Tensor, sin: Tensor, h: Heads, keys: Tensor, values: Tensor, positions: Tensor, table: Tensor
+) -> Tensor:  # q (T, heads, D)
+    """The forward in one kernel that puts k and v where a paged cache wants them (`decode_attention`)."""
+    out = qkv.new_empty(len(qkv), h.heads, h.head_dim)
+    _launch_forward(qkv, cos, sin, h, out, (keys, values, positions, table))
+    return out
 
 
 def rope_backward_triton(

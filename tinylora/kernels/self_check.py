@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tinylora.kernels import add_norm, dispatch, rope, shrink, swiglu
+from tinylora.kernels import add_norm, decode_attention, dispatch, rope, shrink, swiglu
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.fused_linear import fused_linear, fused_linear_ref
 from tinylora.kernels.reduce_dm import reduce_dm_ref, reduce_dm_triton
@@ -233,6 +233,40 @@ def fused_linear_check(device: torch.device, dtype: torch.dtype, seed: int) -> l
     return cases
 
 
+def decode_attention_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+    """A step's way through a paged cache: q, the cache as it is then, the attention's output, and o's z."""
+    randn = normals(device, dtype, seed)
+    cases: list[Case] = []
+    small, real = (
+        ((4, 2, 16, 4, 1, 9, 23), (3, 1, 8, 8, 5, 64)),
+        ((14, 2, 64, 64, 1, 64, 65, 700), (28, 4, 128, 64, 3, 256, 1500)),
+    )
+    for heads, kv_heads, D, size, *lengths in sizes(device, small, real):
+        slots, most, h = len(lengths), max(lengths) // size + 1, rope.Heads(heads, kv_heads, D)
+        c = correction(randn, slots, heads * D, 32, 1, 2, 2)
+        pages = [randn(slots * most + 1, kv_heads, size, D) for _ in range(2)]
+        table = torch.arange(slots * most, device=device).flip(0).view(slots, most).to(torch.int32)  # pages in no order
+        view = decode_attention.CacheView(torch.tensor(lengths, device=device) - 1, table, size, 0, dtype)
+        tables = rope.rope_tables(view.positions, randn(D // 2).float().exp(), dtype)
+        arguments: list[Any] = [randn(slots, h.width + 16), *tables, *pages, c]
+
+        def kernels(qkv, cos, sin, keys, values, c, view=view, h=h):  # type: ignore[no-untyped-def]
+            keys, values = keys.clone(), values.clone()
+            q = rope.rope_cache_triton(qkv, cos, sin, h, keys, values, view.positions, view.table)
+            return q, keys, values, *decode_attention.decode_attention_triton(q, keys, values, view, c)
+
+        def plain(qkv, cos, sin, keys, values, c, view=view, h=h):  # type: ignore[no-untyped-def]
+            keys, values, view = keys.clone(), values.clone(), dataclasses.replace(view, dtype=qkv.dtype)
+            q, k, v = rope.rope_plain(qkv, cos, sin, h)
+            page, place = view.place
+            keys[page, :, place], values[page, :, place] = k, v
+            return q, keys, values, *decode_attention.decode_attention_plain(q, keys, values, view, c)
+
+        ours, theirs, exact = kernels(*arguments), plain(*map(_plain_copy, arguments)), plain(*map(_wide, arguments))
+        cases.append((f"{heads}+{kv_heads} x {D}, pages of {size}", ours, theirs, exact))
+    return cases
+
+
 def sampling_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
     """u in the middle of some likely token's share of [0, 1), so that rounding cannot change which token it is."""
     randn = normals(device, dtype, seed)
@@ -278,6 +312,7 @@ CHECKS: dict[str, Check] = {
     "add_norm": add_norm_check,
     "swiglu": swiglu_check,
     "rope": rope_check,
+    "decode_attention": decode_attention_check,
     "reduce_dm": reduce_dm_check,
     "sampling": sampling_check,
     "token_logprobs": token_logprobs_check,

@@ -4,17 +4,21 @@ Tokens travel packed: (T,) ids with positions, many sequences one after another,
 T = one token for each slot. What differs is only how a token attends, so the loop takes that as an argument.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tinylora.kernels.add_norm import add_norm
-from tinylora.kernels.attention import decode_attention, packed_attention, suffix_attention
+from tinylora.kernels.attention import Packing, packed_attention
 from tinylora.kernels.correction import Correction
+from tinylora.kernels.decode_attention import CacheView, decode_attention, rope_into_cache
 from tinylora.kernels.frozen_linear import NARROW, FrozenLinear, pad_rows, padded_rows
 from tinylora.kernels.linear import linear
 from tinylora.kernels.reduce_dm import reduce_dm
@@ -28,7 +32,21 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"),
 PROJECTIONS = tuple(name for group in GROUPS for name in group)
 
 Matrices = Sequence[Tensor | None]  # one M (adapters, segments, r, r) per group, layer after layer; None: adapter off
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (T, H, D), k and v (T, Hkv, D) -> (T, H, D)
+
+
+@dataclass
+class Block:
+    """What one layer's attention needs beside its qkv rows."""
+
+    cos: Tensor  # (T, head_dim)
+    sin: Tensor  # (T, head_dim)
+    heads: Heads
+    qkv: Correction | None
+    o: Correction | None
+
+
+# layer, qkv's output (T, width or padded), Block -> the attention's output (T, H * D) and o's z (T, R)
+Attend = Callable[[int, Tensor, Block], tuple[Tensor, Tensor | None]]
 
 
 def module_name(layer: int, projection: str) -> str:
@@ -54,28 +72,62 @@ class Layer:
 
 
 class KVCache:
-    """Keys and values of every layer: (layers, slots, kv_heads, capacity, head_dim) each."""
+    """Keys and values of every layer in pages: (layers, pages, kv_heads, page_size, head_dim) each.
 
-    def __init__(self, config: ModelConfig, slots: int, capacity: int, like: Tensor) -> None:
-        shape = (config.num_layers, slots, config.num_kv_heads, capacity, config.head_dim)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+    Paged, `table` says which pages a slot's positions lie in, and one page more than asked for, the last, takes what slots
+    out of use write. Without a table a slot owns one page as long as any sequence, the one of its own number: on a CPU no
+    step then gathers pages.
+    """
 
-    def select(self, slots: Tensor) -> None:
-        """Keep these slots, in this order; the others are gone. A slot may be named more than once."""
-        n = len(slots)
-        if n > self.keys.shape[1]:
-            self.keys, self.values = self.keys.index_select(1, slots), self.values.index_select(1, slots)
-            return
-        for cells in (*self.keys, *self.values):  # in place, layer by layer: fresh memory costs more than the copy
-            cells[:n] = cells.index_select(0, slots)
-        self.keys, self.values = self.keys[:, :n], self.values[:, :n]
+    def __init__(self, config: ModelConfig, pages: int, page_size: int, like: Tensor, slots: int = 0, longest: int = 0) -> None:
+        shape = (config.num_layers, pages + (slots > 0), config.num_kv_heads, page_size, config.head_dim)
+        self.keys, self.values = lazy_zeros(shape, like), lazy_zeros(shape, like)
+        self.page_size = page_size
+        self.table: Tensor | None = None
+        if slots:  # (slots, most pages of a sequence)
+            self.table = torch.full((slots, -(-longest // page_size)), pages, dtype=torch.int32, device=like.device)
 
-    def reserve(self, positions: int, growth: int) -> None:
-        """Make room for this many positions, and `growth` more where there was too little."""
-        missing = positions - self.keys.shape[3]
-        if missing > 0:
-            pad = (0, 0, 0, missing + growth)
-            self.keys, self.values = F.pad(self.keys, pad), F.pad(self.values, pad)
+    @property
+    def paged(self) -> bool:
+        return self.table is not None
+
+    @staticmethod
+    def bytes_per_token(config: ModelConfig, element_size: int) -> int:
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * element_size
+
+    def write_prompt(
+        self,
+        keys: Tensor,  # (layers, tokens, kv_heads, head_dim)
+        values: Tensor,  # (layers, tokens, kv_heads, head_dim)
+        pages: Sequence[int],  # that the tokens fill, one after another
+        tails: Sequence[int],  # or: pages that get a copy of the tokens each
+    ) -> None:
+        """Put a prefilled prompt, or a part of it, into pages."""
+        first, n = tails[0] if tails else 0, len(tails)
+        run = list(tails) == list(range(first, first + n))
+        for cells, rows in ((self.keys, keys), (self.values, values)):
+            rows = rows.transpose(1, 2)  # (layers, kv_heads, tokens, head_dim)
+            for i, page in enumerate(pages):
+                cells[:, page] = rows[:, :, i * self.page_size : (i + 1) * self.page_size]
+            if run:
+                cells[:, first : first + n, :, : rows.shape[2]] = rows[:, None]
+            else:
+                for page in tails:
+                    cells[:, page, :, : rows.shape[2]] = rows
+
+    def move(self, moves: Sequence[tuple[int, int]], longest: int) -> None:
+        """Without a table: copy the first `longest` positions of slots to others, (from, to) each."""
+        for cells in (self.keys, self.values):
+            for source, target in moves:
+                cells[:, target, :, :longest] = cells[:, source, :, :longest]
+
+
+def lazy_zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Zeros of like's dtype and device; on a CPU memory that takes no room until it is written."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    count = math.prod(shape) * like.element_size()
+    return torch.from_numpy(np.zeros(count, np.uint8)).view(like.dtype).view(*shape)
 
 
 class _Gather(torch.autograd.Function):
@@ -111,6 +163,7 @@ class Decoder:
         self.config, self.embedding, self.layers, self.norm, self.head = config, embedding, layers, norm, head
         self.digests, self.path = digests, path
         self.frequencies = rope_frequencies(config).to(embedding.device)
+        self.capacity: int | None = None  # keys that every attention covers, for `--exact`; None: as many as it needs
 
     @property
     def device(self) -> torch.device:
@@ -200,9 +253,7 @@ class Decoder:
             qkv, o, gate_up, down = corrections[4 * i : 4 * i + 4]
             x, h = add_norm(x, y, None, layer.input_norm, c.norm_eps, below, qkv)
             heads = Heads(c.num_heads, c.num_kv_heads, c.head_dim, layer.q_norm, layer.k_norm, c.norm_eps)
-            q, k, v = rope(linear(h, layer.qkv, qkv), cos, sin, heads, qkv)
-            out = pad_rows(attend(i, q[:rows], k[:rows], v[:rows]).flatten(1))  # (T, H * D)
-            z = None if o is None else shrink(out, o)
+            out, z = attend(i, linear(h, layer.qkv, qkv), Block(cos, sin, heads, qkv, o))  # (T, H * D), (T, R)
             x, h = add_norm(x, linear(out, layer.o, o), z, layer.post_norm, c.norm_eps, o, gate_up)
             h = swiglu(linear(h, layer.gate_up, gate_up), c.intermediate_size, gate_up, down)
             y, below = linear(h, layer.down, down), down
@@ -215,59 +266,40 @@ class Decoder:
         lengths: Sequence[int],  # of the sequences and suffixes; they sum to T
         matrices: Matrices | None = None,
         row_adapter: Tensor | None = None,  # (T,)
-        cache: KVCache | None = None,  # filled with the keys and values of sequence b in slot b
         prefixes: Sequence[int] = (),  # for each of the last len(prefixes) lengths, a suffix: the sequence it continues
+        kept: list[tuple[Tensor, Tensor]] | None = None,  # gets each layer's keys and values, (T, kv_heads, head_dim)
     ) -> Tensor:  # (T, hidden)
-        """Hidden states of whole sequences: scoring, update, and prefill where a cache is given.
+        """Hidden states of whole sequences: scoring, update, and prefill where keys and values are kept.
 
         A suffix continues an earlier sequence without repeating it, so a prompt is scored once for all its completions.
         """
-        device, whole = tokens.device, len(lengths) - len(prefixes)
-        lengths_ = torch.tensor(lengths, device=device)
-        starts = lengths_.cumsum(0) - lengths_
-        parents = torch.tensor(prefixes, device=device, dtype=torch.long)
-        before = torch.cat([lengths_.new_zeros(whole), lengths_[parents]])  # tokens ahead of each sequence or suffix
-        sequence = torch.arange(len(lengths), device=device).repeat_interleave(lengths_)  # (T,)
-        place = torch.arange(len(tokens), device=device) - starts[sequence]
-        longest, split = max(lengths[:whole]), sum(lengths[:whole])
-        slots, places = sequence[:split], place[:split]
-        if prefixes:
-            own, ahead = lengths_[whole:], before[whole:, None]  # (suffixes,), (suffixes, 1)
-            rows = int(own.max()) + int(-own.max() % NARROW)
-            position = torch.arange(int((own + before[whole:]).max()), device=device)  # (length,)
-            keys = torch.where(position < ahead, starts[parents, None] + position, starts[whole:, None] + position - ahead)
-            keys = keys.clamp_max(len(tokens) - 1)  # beyond its own tokens a suffix sees nothing; any row will do
-            future = position > ahead[:, :, None] + torch.arange(rows, device=device)[:, None]  # (suffixes, rows, length)
-            bias = torch.zeros(future.shape, dtype=self.dtype, device=device).masked_fill_(future, -torch.inf)
-            index = (sequence[split:] - whole) * rows + place[split:]
+        layout = Packing(lengths, prefixes, self.dtype, tokens.device, self.capacity)
+        rows = len(tokens)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if cache is not None:
-                cache.keys[layer, slots, :, places] = k
-                cache.values[layer, slots, :, places] = v
-            out = packed_attention(q[:split], k[:split], v[:split], slots * longest + places, whole, longest)
-            return torch.cat([out, suffix_attention(q[split:], k, v, index, keys, bias)]) if prefixes else out
+        def attend(layer: int, qkv: Tensor, b: Block) -> tuple[Tensor, Tensor | None]:
+            q, k, v = (x[:rows] for x in rope(qkv, b.cos, b.sin, b.heads, b.qkv))
+            if kept is not None:
+                kept.append((k, v))
+            out = pad_rows(packed_attention(q, k, v, layout).flatten(1))
+            return out, None if b.o is None else shrink(out, b.o)
 
-        return self.forward(tokens, place + before[sequence], attend, self.corrections(matrices, row_adapter, lengths))
+        return self.forward(tokens, layout.positions, attend, self.corrections(matrices, row_adapter, lengths))
 
     def decode(
         self,
         tokens: Tensor,  # (slots,) int64: the newest token of each slot
         positions: Tensor,  # (slots,) int64: its position
         cache: KVCache,
-        longest: int,  # more than every position: how far the cache is read
+        longest: int,  # more than every position: how far a cache without pages is read
         corrections: Sequence[Correction | None],  # from `corrections`, good for as many steps as the slots stay
     ) -> Tensor:  # (slots, hidden)
         """One step for every slot of the cache: writes the token's keys and values, attends to all before it."""
-        slots = torch.arange(len(tokens), device=tokens.device)
-        future = torch.arange(longest, device=tokens.device) > positions[:, None]  # (slots, longest)
-        bias = torch.zeros(future.shape, dtype=self.dtype, device=tokens.device).masked_fill_(future, -torch.inf)
+        view = CacheView(positions, cache.table, cache.page_size, self.capacity or longest, self.dtype)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(layer: int, qkv: Tensor, b: Block) -> tuple[Tensor, Tensor | None]:
             keys, values = cache.keys[layer], cache.values[layer]
-            keys[slots, :, positions] = k
-            values[slots, :, positions] = v
-            return decode_attention(q, keys[:, :, :longest], values[:, :, :longest], bias)
+            q = rope_into_cache(qkv, b.cos, b.sin, b.heads, keys, values, view)
+            return decode_attention(q, keys, values, view, b.o)
 
         return self.forward(tokens, positions, attend, corrections)
 
@@ -277,3 +309,9 @@ class Decoder:
         batch, length = input_ids.shape
         hidden = self.packed(input_ids.to(self.device).flatten(), [length] * batch, matrices)
         return F.linear(pad_rows(hidden), self.head)[: batch * length].float().unflatten(0, (batch, length))
+
+    def generate(self, prompts: list[list[int]], **options: Any) -> list[Any]:
+        """Completions of prompts of token ids; see `tinylora.generate.generate`."""
+        from tinylora.generate import generate  # which needs this module
+
+        return generate(self, prompts, **options)

@@ -96,8 +96,12 @@ class TrainConfig:
     """Cap of the per-token weight p(update)/p(rollout); 0 turns the correction off."""
     mask_truncated_completions: bool = False
     """Leave completions that were cut off out of the loss."""
-    microbatch_tokens: int = 4096
-    """Most tokens in one forward and backward of the update; changes memory and speed, not the result."""
+    microbatch_tokens: int | None = None
+    """Most tokens in one forward and backward of the update; changes memory and speed, not the result. Default: by the free
+    memory."""
+    exact: bool = False
+    """Make the update's log-probs the rollout's bit for bit (on a CPU): every attention covers the same number of keys.
+    Slower with long completions. Checked before the first step, and refused where this machine does not keep to it."""
 
     eval_size: int = 1024
     """Held-out problems scored before the first and after the last step; 0: no evaluation."""
@@ -127,7 +131,6 @@ class TrainConfig:
             "prompts_per_step",
             "num_iterations",
             "max_completion_length",
-            "microbatch_tokens",
             "save_steps",
             "logging_steps",
         ):
@@ -146,6 +149,8 @@ class TrainConfig:
         ):
             if getattr(self, name) < 0:
                 raise InputError(f"{flag(name)} {getattr(self, name)}: it must not be negative")
+        if self.microbatch_tokens is not None and self.microbatch_tokens < 1:
+            raise InputError(f"--microbatch-tokens {self.microbatch_tokens}: it must be at least 1")
         if self.num_generations < 2:
             raise InputError(f"--num-generations {self.num_generations}: an advantage needs at least 2 completions a prompt")
         if self.temperature <= 0:

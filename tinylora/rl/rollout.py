@@ -1,34 +1,35 @@
-"""Rollout: sample completions from the adapted model, batched over a KV cache, with the update's own operations.
+"""Rollout: completions of prompts under the adapted model, with continuous refill, and with the update's own operations.
 
-Each prompt is prefilled once for all its samples. Rows that have ended leave the batch as soon as a quarter have. Nothing
-is merged or copied: the adapter is a handful of numbers per row. Which rows share a batch never changes what they sample.
+The scheduler says which sequence is in which slot; the slots decode; between bursts of steps the host looks who has ended.
+Nothing is merged or copied: the adapter is a handful of numbers per row. Which rows share a batch never changes what they
+sample: slots, pages, order of admission and prompt sharing are matters of speed alone.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tinylora.kernels.frozen_linear import NARROW, pad_rows
-from tinylora.kernels.sampling import sample, uniforms
+from tinylora.errors import InputError
+from tinylora.kernels.frozen_linear import NARROW
+from tinylora.kernels.sampling import uniforms
 from tinylora.model.decoder import Decoder, KVCache, Matrices
+from tinylora.rl.scheduler import Running, Scheduler
+from tinylora.rl.slots import Sampling, Slots, buckets
 
-GROWTH = 64  # positions by which the cache grows
-CACHE_BYTES = {"cpu": 4 << 30, "cuda": 24 << 30}  # the cache's budget; more completions than fit take turns
+CACHE_BYTES = {"cpu": 4 << 30, "cuda": 24 << 30, "meta": 24 << 30}  # of keys and values, unless the caller says
+MOST_SLOTS = {"cpu": 2048, "cuda": 256}  # beyond these a step's time grows as fast as its tokens
+PAGE = 64  # positions in a page on a GPU
+BURST = {"cpu": 1, "cuda": 8}  # steps between two looks of the host
+PREFILL_TOKENS = 8192  # prompt tokens in one forward
 
+__all__ = ["Completion", "Sampling", "rollout"]
 
-@dataclass
-class Sampling:
-    """How tokens are drawn. `seed` and a sequence's number fix its uniforms."""
-
-    max_completion_length: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    eos_ids: tuple[int, ...] = ()
+_kept: weakref.WeakKeyDictionary[Decoder, tuple[Any, Slots]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -36,6 +37,17 @@ class Completion:
     tokens: list[int]  # with the end token, where it came to one
     logprobs: list[float]  # of each token, as sampled
     finished: bool  # False: cut off at max_completion_length
+
+
+@dataclass
+class Usage:
+    """What a rollout did: for benchmarks and the progress line."""
+
+    steps: int = 0
+    rows: int = 0  # slots that the steps ran for
+    tokens: int = 0  # that they decoded
+    prefilled: int = 0  # prompt tokens
+    restarted: int = 0  # sequences that gave their pages back and started over
 
 
 @torch.inference_mode()
@@ -47,87 +59,252 @@ def rollout(
     sampling: Sampling,
     first_sequence: int = 0,
     row_adapter: Sequence[int] | None = None,  # adapter of each prompt, where matrices hold several
+    *,
+    slots: int | None = None,  # sequences that decode at once; None: as many as pay and fit
+    cache_bytes: int | None = None,  # for keys and values; None: CACHE_BYTES
+    page_size: int | None = None,  # positions in a page; None: PAGE on a GPU, on a CPU one page a slot
+    share_prompts: bool = True,  # prefill a prompt once for its samples; False: once for each
+    expected: Sequence[float] | None = None,  # completion length of each prompt, longest first; None: longest prompt first
+    limits: Sequence[int] | None = None,  # tokens each sequence may get at most, where that is less than the sampling's
+    watch: Callable[[int, list[int]], None] | None = None,  # called with (sequence of the call, all its tokens) as they come
+    usage: Usage | None = None,  # counted into
 ) -> list[Completion]:
-    """`generations` completions of each prompt, prompt after prompt. Sequence i of the call is number first_sequence + i."""
-    longest = max(map(len, prompts)) + sampling.max_completion_length
-    c = model.config
-    per_row = 2 * c.num_layers * c.num_kv_heads * c.head_dim * longest * model.embedding.element_size()
-    turn = max(1, CACHE_BYTES[model.device.type] // per_row // generations)  # prompts at a time
-    completions = []
-    for start in range(0, len(prompts), turn):
-        part = slice(start, start + turn)
-        adapters = None if row_adapter is None else row_adapter[part]
-        first = first_sequence + start * generations
-        completions += _rollout(model, matrices, prompts[part], generations, sampling, first, adapters)
-    return completions
+    """`generations` completions of each prompt, prompt after prompt. Sequence i of the call is number first_sequence + i.
+
+    InputError where a prompt is empty, or the cache too small for one sequence.
+    """
+    if not all(prompts):
+        raise InputError(f"prompt {[bool(p) for p in prompts].index(False)} is empty; a prompt needs at least one token")
+    if not share_prompts:
+        prompts = [p for p in prompts for _ in range(generations)]
+        row_adapter = None if row_adapter is None else [a for a in row_adapter for _ in range(generations)]
+        expected = None if expected is None else [e for e in expected for _ in range(generations)]
+        generations = 1
+    run = _Rollout(model, matrices, prompts, generations, sampling, first_sequence, row_adapter)
+    run.limits = limits
+    run.allocate(slots, cache_bytes or CACHE_BYTES[model.device.type], page_size, expected)
+    return run.go(watch, usage or Usage())
 
 
-def _rollout(
-    model: Decoder,
-    matrices: Matrices | None,
-    prompts: Sequence[Sequence[int]],
-    generations: int,
-    sampling: Sampling,
-    first_sequence: int,
-    row_adapter: Sequence[int] | None,
-) -> list[Completion]:
-    device, lengths = model.device, [len(p) for p in prompts]
-    tokens = torch.tensor([t for p in prompts for t in p], device=device)
-    prompt_adapter = None if row_adapter is None else torch.tensor(row_adapter, device=device)
-    token_adapter = None
-    if prompt_adapter is not None:
-        token_adapter = prompt_adapter.repeat_interleave(torch.tensor(lengths, device=device))
-    cache = KVCache(model.config, len(prompts), max(lengths) + min(GROWTH, sampling.max_completion_length), model.embedding)
-    hidden = model.packed(tokens, lengths, matrices, token_adapter, cache)
-    hidden = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]  # (prompts, hidden)
+class _Rollout:
+    """One call's host side."""
 
-    # From here on a row is one completion. `row` says which; rows beyond `total` are filler up to a multiple of NARROW.
-    total = len(prompts) * generations
-    row = _filled(torch.arange(total, device=device))
-    prompt = row // generations
-    hidden, position = hidden[prompt], torch.tensor(lengths, device=device)[prompt]
-    adapter = None if prompt_adapter is None else prompt_adapter[prompt]
-    corrections = model.corrections(matrices, adapter)
-    cache.select(prompt)
-    eos = torch.tensor(sampling.eos_ids, device=device, dtype=torch.long)
-    out_tokens = torch.zeros(total, sampling.max_completion_length, dtype=torch.long, device=device)
-    out_logprobs = torch.zeros(total, sampling.max_completion_length, device=device)
-    length = torch.zeros(total, dtype=torch.long, device=device)
-    ended = torch.zeros(total, dtype=torch.bool, device=device)
-    sequences = first_sequence + torch.arange(total, device=device)
-    u = uniforms(sampling.seed, sequences, sampling.max_completion_length)  # (total, positions)
+    def __init__(
+        self,
+        model: Decoder,
+        matrices: Matrices | None,
+        prompts: Sequence[Sequence[int]],
+        generations: int,
+        sampling: Sampling,
+        first_sequence: int,
+        row_adapter: Sequence[int] | None,
+    ) -> None:
+        self.model, self.matrices, self.sampling = model, matrices, sampling
+        self.prompts, self.generations, self.first_sequence = prompts, generations, first_sequence
+        self.row_adapter = row_adapter or [0] * len(prompts)
+        used = [m for m in matrices or [] if m is not None]
+        self.adapters = len(used[0]) if used else 0
+        # Prefilled prompts of which samples wait: keys and values of the tokens that fill no page, (layers, n, Hkv, D) each
+        self.prompt_rows: dict[int, tuple[Tensor, Tensor]] = {}
+        self.limits: Sequence[int] | None = None
+        self.row_of: dict[int, int] = {}  # a running sequence's row of the outputs
 
-    for step in range(sampling.max_completion_length):
-        logits = F.linear(pad_rows(hidden), model.head)[: len(hidden)]
-        new, logp = sample(logits, sampling.temperature, sampling.top_p, sampling.top_k, u[row, step])
-        # Rows that have ended stay until the batch is next cut, and write beyond their length; filler rows write the same
-        # values as the row they repeat.
-        out_tokens[row, step], out_logprobs[row, step] = new, logp.float()
-        length[row] += ~ended[row]
-        ended[row] |= torch.isin(new, eos)
-        going = (~ended[row]).nonzero().squeeze(1)
-        if len(going) == 0 or step + 1 == sampling.max_completion_length:
-            break
-        if len(going) <= 0.75 * len(row):
-            keep = _filled(going)
-            row, new, position = row[keep], new[keep], position[keep]
-            cache.select(keep)
-            if adapter is not None:
-                adapter = adapter[keep]
-                corrections = model.corrections(matrices, adapter)
-        longest = int(position.max()) + 1
-        cache.reserve(longest, GROWTH)
-        hidden = model.decode(new, position, cache, longest, corrections)
-        position = position + 1
+    def allocate(self, slots: int | None, bytes_: int, page_size: int | None, expected: Sequence[float] | None) -> None:
+        """Scheduler, cache and slots. Without pages a slot's cells are as long as any sequence, and only what is written
+        takes memory."""
+        model, kind = self.model, self.model.device.type
+        length, longest = self.sampling.max_completion_length, max(map(len, self.prompts)) - 1
+        capacity = longest + length + -(longest + length) % NARROW
+        if model.capacity is not None:
+            if capacity > model.capacity:
+                raise InputError(f"--exact was prepared for {model.capacity} tokens a sequence, and one may have {capacity}")
+            capacity = model.capacity
+        count = min(slots or MOST_SLOTS[kind], len(self.prompts) * self.generations)
+        paged = kind != "cpu" or page_size is not None
+        size = (page_size or PAGE) if paged else capacity
+        pages = bytes_ // (size * KVCache.bytes_per_token(model.config, model.embedding.element_size()))
+        if kind == "cuda":  # shapes that stay from call to call, so that graphs do; whatever the cache's room allows
+            count, capacity = min(slots or MOST_SLOTS[kind], max(16, count)), capacity + -capacity % (8 * size)
+        elif paged:  # no more than the sequences can fill
+            pages = min(pages, count * -(-(longest + length) // size) + len(self.prompts) * (longest // size))
+        else:
+            pages = count = min(count, pages)
+        lengths = [len(p) for p in self.prompts]
+        self.scheduler = Scheduler(lengths, self.generations, length, count, pages, size, expected)
+        rows = count + (-count % NARROW if kind == "cpu" else 0)
+        self.buckets, self.free_rows = buckets(rows, kind), list(range(rows - 1, -1, -1))
+        shape = (pages, size, rows, capacity) if paged else (rows, size, 0, 0)
+        self.slots = self._slots(shape, rows)
+        self.cache = self.slots.cache
 
-    results = []
-    for tokens_, logprobs, n, done in zip(
-        out_tokens.tolist(), out_logprobs.tolist(), length.tolist(), ended.tolist(), strict=True
-    ):
-        results.append(Completion(tokens_[:n], logprobs[:n], done))
-    return results
+    def _slots(self, shape: tuple[int, int, int, int], rows: int) -> Slots:
+        """Slots over a cache of this shape; on a GPU the model's last ones, with their graphs, where they are alike."""
+        model, sampling = self.model, self.sampling
+        key = (shape, rows, self.adapters, dataclasses.replace(sampling, seed=0))
+        kept = _kept.get(model)
+        if kept is not None and kept[0] == key:
+            kept[1].set_matrices(self.matrices)
+            return kept[1]
+        _kept.pop(model, None)  # the old cache goes before the new one comes
+        kept = None
+        pages, size, table_rows, longest = shape
+        slots = Slots(
+            model, sampling, rows, KVCache(model.config, pages, size, model.embedding, table_rows, longest), self.adapters
+        )
+        slots.set_matrices(self.matrices)
+        if model.device.type == "cuda":
+            slots.capture(self.buckets)
+            _kept[model] = (key, slots)
+        return slots
 
+    def go(self, watch: Callable[[int, list[int]], None] | None, usage: Usage) -> list[Completion]:
+        """Run everything. The completions in the order of the prompts."""
+        s, burst = self.scheduler, BURST[self.model.device.type]
+        results: dict[int, Completion] = {}
+        bucket = longest = 0
+        changed = True  # whether other sequences run than in the last burst
+        while s.waiting or s.in_use:
+            slots, groups = s.admit()
+            if slots:
+                usage.prefilled += self._prefill(groups, slots)
+                self._fill(slots)
+                bucket = max(bucket, self._bucket(slots[-1] + 1))
+            evicted = s.grow(burst)
+            if evicted:
+                usage.restarted += len(evicted)
+                self._release(evicted)
+            if not s.waiting:
+                bucket = self._compact(bucket, s.in_use)
+            if changed or slots or evicted:
+                longest = s.longest
+            if self.cache.paged:
+                self._write_table()
+            for _ in range(burst):
+                self.slots.step(bucket, longest)
+                longest += 1
+            s.advance(burst)
+            usage.steps, usage.rows = usage.steps + burst, usage.rows + burst * bucket
+            changed = self._look(bucket, results, watch)
+        usage.tokens += sum(len(c.tokens) for c in results.values())
+        return [results[i] for i in range(len(self.prompts) * self.generations)]
 
-def _filled(rows: Tensor) -> Tensor:
-    """Row numbers with the last repeated up to a multiple of NARROW."""
-    return torch.cat([rows, rows[-1:].expand(-len(rows) % NARROW)])
+    def _bucket(self, slots: int) -> int:
+        return next(b for b in self.buckets if b >= slots)
+
+    def _compact(self, bucket: int, active: int) -> int:
+        """With nothing left to admit: the smaller bucket that is worth moving to, its slots filled from beyond."""
+        smaller = self._bucket(max(active, 1))
+        if smaller > (bucket - 1 if self.cache.paged else 0.75 * bucket):  # without pages, keys and values have to be moved too
+            return bucket
+        moves = self.scheduler.compact(smaller)
+        if moves:
+            if not self.cache.paged:
+                self.cache.move(moves, self.scheduler.longest)
+            self.slots.move(moves)
+        return smaller
+
+    # ---- admission ------------------------------------------------------------------------------------------------------
+
+    def _prefill(self, groups: Sequence[int], slots: Sequence[int]) -> int:
+        """Keys and values of the prompts of groups but for their last tokens, into the pages that the sequences just admitted
+        to `slots` share; how many tokens they were."""
+        pages = {r.group: r.shared for slot in slots if (r := self.scheduler.running[slot]) is not None}
+        groups = [g for g in groups if len(self.prompts[g]) > 1]
+        start, count = 0, 0
+        while start < len(groups):
+            stop, tokens = start, 0
+            while stop < len(groups) and (stop == start or tokens + len(self.prompts[groups[stop]]) <= PREFILL_TOKENS):
+                tokens += len(self.prompts[groups[stop]]) - 1
+                stop += 1
+            self._prefill_pack({g: pages[g] for g in groups[start:stop]})
+            start, count = stop, count + tokens
+        return count
+
+    def _prefill_pack(self, groups: dict[int, list[int]]) -> None:
+        device = self.model.device
+        parts = [self.prompts[g][:-1] for g in groups]
+        lengths = [len(p) for p in parts]
+        adapter = None
+        if self.adapters > 1:
+            own = torch.tensor([self.row_adapter[g] for g in groups], device=device)
+            adapter = own.repeat_interleave(torch.tensor(lengths, device=device))
+        layers: list[tuple[Tensor, Tensor]] = []
+        self.model.packed(
+            torch.tensor([t for p in parts for t in p], device=device), lengths, self.matrices, adapter, kept=layers
+        )
+        keys, values = (torch.stack(x) for x in zip(*layers, strict=True))  # (layers, T, Hkv, D)
+        for (g, pages), k, v in zip(groups.items(), keys.split(lengths, 1), values.split(lengths, 1), strict=True):
+            full = len(pages) * self.cache.page_size
+            if pages:
+                self.cache.write_prompt(k[:, :full], v[:, :full], pages, [])
+            self.prompt_rows[g] = (k[:, full:], v[:, full:])
+
+    def _fill(self, slots: Sequence[int]) -> None:
+        s = self.scheduler
+        running = [s.running[slot] for slot in slots]
+        by_group: dict[int, list[int]] = {}
+        for slot, r in zip(slots, running, strict=True):
+            assert r is not None
+            by_group.setdefault(r.group, []).append(r.own[0] if self.cache.paged else slot)
+        for g, pages in by_group.items():
+            if g in self.prompt_rows:
+                self.cache.write_prompt(*self.prompt_rows[g], [], pages)
+            if s.groups[g].pages is None:  # nothing of it waits
+                self.prompt_rows.pop(g, None)
+        live = [r for r in running if r is not None]
+        rows = [self.free_rows.pop() for _ in live]
+        self.row_of.update((r.sequence, row) for r, row in zip(live, rows, strict=True))
+        numbers = torch.tensor([self.first_sequence + r.sequence for r in live], device=self.model.device)
+        u = uniforms(self.sampling.seed, numbers, self.sampling.max_completion_length)
+        tokens = [self.prompts[r.group][-1] for r in live]
+        adapters = [self.row_adapter[r.group] for r in live]
+        most = self.sampling.max_completion_length
+        limits = [most if self.limits is None else min(most, self.limits[r.sequence]) for r in live]
+        self.slots.fill(slots, rows, tokens, [s.position(r) for r in live], adapters, limits, u)
+        self.prompt_rows = {g: x for g, x in self.prompt_rows.items() if s.groups[g].pages is not None}
+
+    def _write_table(self) -> None:
+        table = self.cache.table
+        assert table is not None
+        rows = [[] if r is None else r.shared + r.own for r in self.scheduler.running]
+        rubbish = self.cache.keys.shape[1] - 1
+        most = table.shape[1]
+        rows += [[]] * (len(table) - len(rows))
+        table.copy_(torch.tensor([row + [rubbish] * (most - len(row)) for row in rows], dtype=torch.int32))
+
+    # ---- the end of sequences -------------------------------------------------------------------------------------------
+
+    def _release(self, slots: Sequence[int]) -> None:
+        """Slots whose sequences the scheduler has taken away."""
+        self.slots.clear(slots)
+        running = {r.sequence for r in self.scheduler.running if r is not None}
+        gone = [q for q in self.row_of if q not in running]
+        self.free_rows += [self.row_of.pop(q) for q in gone]
+
+    def _look(self, bucket: int, results: dict[int, Completion], watch: Callable[[int, list[int]], None] | None) -> bool:
+        """Collect the sequences that have ended; whether there were any."""
+        s = self.scheduler
+        stopped = self.slots.live[:bucket].logical_not().nonzero().flatten().tolist()
+        ended = [slot for slot in stopped if slot < len(s.running) and s.running[slot] is not None]
+        if watch is not None:
+            for r, (tokens, _) in self._read([slot for slot in s.active if slot not in set(ended)]):
+                watch(r.sequence, tokens)
+        stop = set(self.sampling.eos_ids)
+        for r, (tokens, logprobs) in self._read(ended):
+            results[r.sequence] = Completion(tokens, logprobs, tokens[-1] in stop)
+            if watch is not None:
+                watch(r.sequence, tokens)
+        for slot in ended:
+            s.end(slot)
+        if ended:
+            self._release(ended)
+        return bool(ended)
+
+    def _read(self, slots: Sequence[int]) -> list[tuple[Running, tuple[list[int], list[float]]]]:
+        """The sequences in these slots, with their tokens and log-probs so far."""
+        s, running = self.scheduler, [self.scheduler.running[slot] for slot in slots]
+        live = [r for r in running if r is not None]
+        if not live:
+            return []
+        counts = [s.position(r) - s.groups[r.group].prompt for r in live]
+        return list(zip(live, self.slots.finished([self.row_of[r.sequence] for r in live], counts), strict=True))

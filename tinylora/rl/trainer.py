@@ -23,7 +23,9 @@ from tinylora.errors import InputError
 from tinylora.model import load_model
 from tinylora.rl.advantages import compute_advantages
 from tinylora.rl.config import TrainConfig
+from tinylora.rl.consistency import fix_capacity, require_same_policy
 from tinylora.rl.evaluation import Scores, evaluate
+from tinylora.rl.memory import plan_memory
 from tinylora.rl.rewards import EXTRACTORS, accuracy_reward, call_reward, load_reward, same_number
 from tinylora.rl.rollout import Completion, Sampling, rollout
 from tinylora.rl.run_directory import V_IN_METRICS, RunDirectory
@@ -57,6 +59,12 @@ class Trainer:
         if self.max_steps < 1:
             self.max_steps = max(1, math.ceil(config.num_train_epochs * self.steps_per_epoch))
         self.adapter = Adapter(self.model, config.adapter)
+        tokens = [self.text.prompt(row["prompt"]) for row in (*self.train_rows, *self.test_rows)]
+        longest, sequences = max(map(len, tokens)), config.prompts_per_step * config.num_generations
+        if config.exact:
+            fix_capacity(self.adapter, tokens, self._sampling())
+        self.plan = plan_memory(self.model, longest + config.max_completion_length, sequences, config.microbatch_tokens)
+        self.expected: dict[int, float] = {}  # mean completion length of each training row, as last sampled
         self.optimizer = torch.optim.Adam([self.adapter.v], lr=config.learning_rate)
         self.step, self.num_tokens = 0, 0
         self.stop = False
@@ -109,13 +117,18 @@ class Trainer:
 
     def _train_step(self) -> Row:
         c, began = self.config, time.perf_counter()
-        rows = [self.train_rows[i] for i in self._prompt_order()]
+        order = self._prompt_order()
+        rows = [self.train_rows[i] for i in order]
         prompts = [self.text.prompt(row["prompt"]) for row in rows]
         with torch.no_grad():
             matrices = self.adapter.matrices()
         count = len(prompts) * c.num_generations
-        sampling = Sampling(c.max_completion_length, c.temperature, c.top_p, c.top_k, c.seed, self.text.eos_ids)
-        completions = rollout(self.model, matrices, prompts, c.num_generations, sampling, self.step * count)
+        expected = [self.expected.get(i, c.max_completion_length) for i in order]  # what is new may be long
+        memory: dict[str, Any] = {"cache_bytes": self.plan.cache, "expected": expected}
+        completions = rollout(self.model, matrices, prompts, c.num_generations, self._sampling(), self.step * count, **memory)
+        for i, row_number in enumerate(order):
+            own = completions[i * c.num_generations : (i + 1) * c.num_generations]
+            self.expected[row_number] = sum(len(x.tokens) for x in own) / len(own)
         rolled_out = time.perf_counter()
 
         answers = [self.text.decode(x.tokens) for x in completions]
@@ -129,13 +142,15 @@ class Trainer:
         batch = Batch([p for p in prompts for _ in range(c.num_generations)], completions, advantages)
         for iteration in range(c.num_iterations):
             self.optimizer.zero_grad(set_to_none=True)
-            metrics = update(self.adapter, batch, c)
+            metrics = update(self.adapter, batch, c, self.plan)
             gradient = self.adapter.v.grad
             assert gradient is not None
             if not gradient.isfinite().all():
                 raise InputError(f"step {self.step + 1}: the gradient of v is not finite; lower --learning-rate")
             if iteration == 0:
                 first, grad_norm = metrics, gradient.norm().item()
+                mean, largest = (metrics[f"sampling/sampling_logp_difference/{x}"] for x in ("mean", "max"))
+                require_same_policy(mean, largest, self.model.dtype, c.exact, self.step + 1)
             if c.max_grad_norm > 0:
                 torch.nn.utils.clip_grad_norm_([self.adapter.v], c.max_grad_norm)
             self.optimizer.step()
@@ -178,6 +193,10 @@ class Trainer:
             "tokens_per_second": tokens / (ended - began),
             "rollout_tokens_per_second": lengths.sum().item() / (rolled_out - began),
         }
+
+    def _sampling(self) -> Sampling:
+        c = self.config
+        return Sampling(c.max_completion_length, c.temperature, c.top_p, c.top_k, c.seed, self.text.eos_ids)
 
     def _prompt_order(self) -> list[int]:
         """This step's prompts: the next of the epoch's permutation."""

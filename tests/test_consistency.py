@@ -1,0 +1,101 @@
+"""A rollout of another policy stops the run; `--exact` is bit for bit, and refused where it is not."""
+
+import math
+
+import pytest
+import torch
+
+from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.errors import InputError
+from tinylora.model import load_model
+from tinylora.rl import consistency
+from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
+from tinylora.rl.consistency import fix_capacity, require_same_policy
+from tinylora.rl.rollout import rollout
+from tinylora.rl.slots import Sampling
+from tinylora.rl.trainer import Trainer
+from tinylora.rl.update import score
+
+PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15, 16], [20, 21]]
+SAMPLING = Sampling(30, temperature=1.0, seed=5, eos_ids=(7, 9))
+
+
+@pytest.fixture
+def exact(tiny_model):
+    model = load_model(str(tiny_model("qwen2")))
+    adapter = Adapter(model, TinyLoRAConfig(u=3, n_tie=4))
+    fix_capacity(adapter, PROMPTS, SAMPLING)
+    with torch.no_grad():
+        adapter.v.copy_(0.2 * torch.randn(adapter.v.shape, generator=torch.Generator().manual_seed(0)))
+        return adapter, adapter.matrices()
+
+
+def test_exact_rollouts_are_bitwise_the_same_and_the_updates(exact):
+    """Slots, sharing, order, and packs of the update: equal bits."""
+    adapter, matrices = exact
+    whole = rollout(adapter.model, matrices, PROMPTS, 4, SAMPLING)
+    for options in (
+        {"slots": 1},
+        {"slots": 3},
+        {"slots": 8},
+        {"slots": 64},
+        {"share_prompts": False},
+        {"expected": [3, 1, 5, 2, 4]},
+    ):
+        again = rollout(adapter.model, matrices, PROMPTS, 4, SAMPLING, **options)
+        assert [(c.tokens, c.logprobs) for c in again] == [(c.tokens, c.logprobs) for c in whole], options
+    prompts = [p for p in PROMPTS for _ in range(4)]
+    for part in (list(range(20)), [3], [4, 5, 17], list(range(7, 16))):
+        with torch.no_grad():
+            logp, _ = score(adapter, matrices, prompts, whole, part, 1.0)
+        assert logp.tolist() == [x for i in part for x in whole[i].logprobs]
+
+
+def test_exact_is_refused_where_bits_depend_on_the_batch(tiny_model, monkeypatch):
+    model = load_model(str(tiny_model("qwen2")))
+    adapter = Adapter(model, TinyLoRAConfig(u=3, n_tie=4))
+
+    def careless(*a, **k):
+        found = rollout(*a, **k)
+        if k["slots"] == 3:
+            found[0].logprobs[-1] = math.nextafter(found[0].logprobs[-1], -1e9) - 1e-7
+        return found
+
+    monkeypatch.setattr(consistency, "rollout", careless)
+    with pytest.raises(InputError, match="decoded with it"):
+        fix_capacity(adapter, PROMPTS, SAMPLING)
+
+
+def test_evidently_another_policy_stops():
+    require_same_policy(1e-6, 1e-4, torch.float32, False, 3)
+    require_same_policy(0.01, 2.0, torch.bfloat16, False, 3)
+    require_same_policy(None, None, torch.float32, True, 3)
+    for mean, dtype in ((0.01, torch.float32), (0.5, torch.bfloat16), (math.nan, torch.float32)):
+        with pytest.raises(InputError, match="step 3: the rollout was not sampled"):
+            require_same_policy(mean, 1.0, dtype, False, 3)
+    with pytest.raises(InputError, match="--exact"):
+        require_same_policy(1e-9, 1e-8, torch.float32, True, 3)
+
+
+def test_a_rollout_of_the_base_model_stops_training(tmp_path, monkeypatch):
+    """What a silently unsynchronised engine would do: sample from the base while v is far from 0."""
+    from tinylora.rl import trainer as trainer_module
+
+    small = {"prompts_per_step": 4, "num_generations": 4, "max_steps": 3, "eval_size": 0, "output_dir": str(tmp_path / "run")}
+    trainer = Trainer(TrainConfig(**BUILTIN_PRESET | small))
+    with torch.no_grad():
+        trainer.adapter.v += 0.1
+    trainer._train_step()
+    stale = lambda model, matrices, *a, **k: rollout(model, None, *a, **k)  # noqa: E731
+    monkeypatch.setattr(trainer_module, "rollout", stale)
+    v = trainer.adapter.v.detach().clone()
+    with pytest.raises(InputError, match="not sampled from the adapter"):
+        trainer._train_step()
+    assert torch.equal(trainer.adapter.v, v), "nothing was learned from it"
+
+
+def test_training_with_exact(tmp_path):
+    small = {"prompts_per_step": 4, "num_generations": 4, "max_steps": 3, "eval_size": 0, "output_dir": str(tmp_path / "run")}
+    trainer = Trainer(TrainConfig(**BUILTIN_PRESET | small | {"exact": True}))
+    rows = [trainer._train_step() for _ in range(3)]
+    assert [row["sampling/sampling_logp_difference/max"] for row in rows] == [0, 0, 0]

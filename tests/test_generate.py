@@ -1,0 +1,79 @@
+"""python -m tinylora.generate, and several adapters in one batch."""
+
+import pytest
+import torch
+
+from tinylora import generate as generate_module
+from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.errors import InputError
+from tinylora.generate import Printer, main
+from tinylora.model import load_model
+from tinylora.rl.rollout import Sampling, rollout
+
+PROBLEM = "Ann has 23 pens. Gets 48. Loses 7. How many?"
+PROMPTS = [[1, 2, 3], [5, 6, 7, 8], [12]]
+
+
+@pytest.fixture
+def adapters(tiny_model):
+    model = load_model(str(tiny_model("qwen2")))
+    found = [Adapter(model, TinyLoRAConfig(u=3, n_tie=4)) for _ in PROMPTS]
+    with torch.no_grad():
+        for i, a in enumerate(found):
+            a.v.copy_(0.3 * torch.randn(a.v.shape, generator=torch.Generator().manual_seed(i)))
+    return model, found
+
+
+def test_one_adapter_each_is_each_alone(adapters):
+    model, found = adapters
+    s = Sampling(12, seed=3)
+    mixed = model.generate(PROMPTS, adapters=found, sampling=s, generations=2)
+    for i, (prompt, a) in enumerate(zip(PROMPTS, found, strict=True)):
+        with torch.no_grad():
+            alone = rollout(model, a.matrices(), [prompt], 2, s, first_sequence=2 * i)
+        assert [c.tokens for c in mixed[2 * i : 2 * i + 2]] == [c.tokens for c in alone]
+    one = model.generate(PROMPTS, adapters=found[:1], sampling=s)
+    assert [c.tokens for c in one] != [c.tokens for c in model.generate(PROMPTS, sampling=s)]
+
+
+def test_adapters_that_do_not_fit_are_refused(adapters):
+    model, found = adapters
+    with pytest.raises(InputError, match="2 adapters for 3 prompts"):
+        model.generate(PROMPTS, adapters=found[:2])
+    other = Adapter(model, TinyLoRAConfig(u=3, n_tie=4, seed=9))
+    with pytest.raises(InputError, match="differ in v alone"):
+        model.generate(PROMPTS, adapters=[*found[:2], other])
+
+
+def test_the_command_streams_and_says_the_same_in_a_batch(capsys, tmp_path, monkeypatch):
+    calls = []
+    show = Printer.__call__
+    monkeypatch.setattr(Printer, "__call__", lambda self, i, tokens: calls.append(len(tokens)) or show(self, i, tokens))
+    assert main(["--prompt", PROBLEM]) == 0
+    alone = capsys.readouterr().out
+    assert "####" in alone and calls == list(range(1, len(calls) + 1)) and len(calls) > 3
+    (tmp_path / "prompts").write_text(f"{PROBLEM}\n\n{PROBLEM}\n")
+    assert main(["--file", str(tmp_path / "prompts")]) == 0
+    assert capsys.readouterr().out == f"--- {PROBLEM}\n{alone}" * 2
+
+
+def test_characters_of_several_tokens_come_whole(capsys):
+    class Bytes:
+        def decode(self, tokens):
+            return bytes(tokens).decode("utf-8", errors="replace")
+
+    printer = Printer(Bytes())
+    data = "a€b".encode()
+    shown = []
+    for n in range(1, len(data) + 1):
+        printer(0, list(data[:n]))
+        shown.append(capsys.readouterr().out)
+    assert shown == ["a", "", "", "€", "b"]
+
+
+def test_nothing_to_complete_is_one_line():
+    with pytest.raises(InputError, match="--prompt"):
+        main([])
+    with pytest.raises(InputError, match="--file"):
+        main(["--file", "/nowhere"])
+    assert generate_module.GenerateConfig().temperature == 0

@@ -1,0 +1,123 @@
+"""python -m tinylora.generate: complete prompts with a model, and with adapters on it, one per prompt."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from tinylora.adapter import Adapter, load_adapter
+from tinylora.cli import run_command
+from tinylora.errors import InputError
+from tinylora.model import load_model
+from tinylora.model.decoder import Decoder
+from tinylora.rl.rollout import Completion, Sampling, rollout
+from tinylora.rl.text import Text
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Complete prompts. Text goes to stdout as it comes for one prompt, and in order, one after another, for several; with
+    --raw a prompt is taken as it stands instead of as a user's message."""
+
+    model: str = "builtin"
+    """Hugging Face directory or hub id; "builtin" comes with the package."""
+    adapter: tuple[str, ...] = ()
+    """Run directories or their adapter/: none is the base model, one is for every prompt, as many as prompts is one each."""
+    prompt: tuple[str, ...] = ()
+    """Prompts."""
+    file: str | None = None
+    """A file with a prompt a line."""
+    raw: bool = False
+    """Do not apply the chat template."""
+    max_completion_length: int = 512
+    """Tokens after which a completion is cut off."""
+    temperature: float = 0.0
+    """0: greedy."""
+    top_p: float = 1.0
+    """Nucleus sampling."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 is off."""
+    num_return_sequences: int = 1
+    """Completions of each prompt."""
+    seed: int = 0
+    """Of sampling."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the frozen model; auto: the checkpoint's on CUDA, float32 on a CPU."""
+
+
+def generate(
+    model: Decoder,
+    prompts: list[list[int]],  # token ids
+    adapters: list[Adapter] | None = None,  # none, one for all prompts, or one each; all of one shape, on `model`
+    sampling: Sampling | None = None,
+    generations: int = 1,
+    **options: object,  # of `rollout`: slots, cache_bytes, watch, ...
+) -> list[Completion]:
+    """`generations` completions of each prompt, prompt after prompt; prompts with different adapters share every batch.
+
+    InputError where adapters and prompts do not match, or the adapters differ in anything but v.
+    """
+    adapters = adapters or []
+    if len(adapters) not in (0, 1, len(prompts)):
+        raise InputError(f"{len(adapters)} adapters for {len(prompts)} prompts; give none, one, or one for each prompt")
+    distinct = list(dict.fromkeys(adapters))
+    if any(a.model is not model or a.projection_hash != distinct[0].projection_hash for a in distinct):
+        raise InputError("adapters of one batch must be on the same model and differ in v alone: rank, tying and P are shared")
+    matrices: list[Tensor | None] | None = None
+    owner = None
+    if distinct:
+        with torch.no_grad():
+            matrices = distinct[0].matrices(torch.stack([a.stored_v() for a in distinct]))
+        owner = [distinct.index(a) for a in (adapters * len(prompts) if len(adapters) == 1 else adapters)]
+    return rollout(model, matrices, prompts, generations, sampling or Sampling(512, 0.0), row_adapter=owner, **options)  # type: ignore[arg-type]
+
+
+class Printer:
+    """Prints a completion's text as its tokens come: never half a character, never the same text twice."""
+
+    def __init__(self, text: Text) -> None:
+        self.text, self.shown = text, ""
+
+    def __call__(self, _: int, tokens: list[int]) -> None:
+        whole = self.text.decode(tokens)
+        if not whole.endswith("\ufffd") and whole.startswith(self.shown):  # a character may be several tokens
+            sys.stdout.write(whole[len(self.shown) :])
+            sys.stdout.flush()
+            self.shown = whole
+
+
+def main(arguments: list[str]) -> int:
+    c = tyro.cli(GenerateConfig, args=arguments, prog="python -m tinylora.generate")
+    prompts = list(c.prompt)
+    if c.file is not None:
+        try:
+            prompts += [line for line in Path(c.file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--file {c.file} cannot be read: {error}") from None
+    if not prompts:
+        raise InputError("nothing to complete: give --prompt TEXT, or --file with a prompt a line")
+    model = load_model(c.model, c.device, c.dtype)
+    text = Text(model.path)
+    adapters = [load_adapter(a, model) for a in c.adapter]
+    encode = text.tokenizer.encode if c.raw else lambda p: text.prompt([{"role": "user", "content": p}])
+    ids = [list(encode(p)) for p in prompts]
+    sampling = Sampling(c.max_completion_length, c.temperature, c.top_p, c.top_k, c.seed, text.eos_ids)
+    alone = len(prompts) * c.num_return_sequences == 1
+    printer = Printer(text)
+    found = generate(model, ids, adapters, sampling, c.num_return_sequences, watch=printer if alone else None)
+    for i, completion in enumerate(found):
+        if alone:
+            sys.stdout.write(text.decode(completion.tokens)[len(printer.shown) :] + "\n")
+        else:
+            print(f"--- {prompts[i // c.num_return_sequences]}", text.decode(completion.tokens), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

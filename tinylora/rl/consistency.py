@@ -1,0 +1,70 @@
+"""Is the rollout's policy the update's? A stop where it evidently is not, and the proof that `--exact` asks for.
+
+Both sides run the same operations on the same adapter, so their log-probs of the same tokens differ by rounding alone: on a
+CPU by 1e-6 at most and mostly not at all, in half precision by about 0.005 a token. With `--exact` they are equal bit for
+bit, because on a CPU every product has a multiple of 8 rows and every attention covers the same number of keys. That rests on
+the matrix library's choice of inner kernels on this processor, so it is checked before a run, and refused where it fails.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from tinylora.adapter import Adapter
+from tinylora.errors import InputError
+from tinylora.kernels.frozen_linear import NARROW
+from tinylora.rl.rollout import rollout
+from tinylora.rl.slots import Sampling
+from tinylora.rl.update import score
+
+LIMIT = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # nats a token, on average
+
+
+def require_same_policy(mean: float | None, largest: float | None, dtype: torch.dtype, exact: bool, step: int) -> None:
+    """InputError where the step's |log p(update) - log p(rollout)| cannot be rounding; with `exact`, where it is not 0."""
+    if mean is None or largest is None:
+        return
+    if not mean <= LIMIT[dtype]:  # NaN too
+        raise InputError(
+            f"step {step}: the rollout was not sampled from the adapter that is trained: log-probs differ by {mean:.2g} nats a "
+            f"token on average, where rounding explains {LIMIT[dtype]:g}. Nothing was learned from it; please report this"
+        )
+    if exact and largest > 0:
+        raise InputError(f"step {step}: --exact, but a log-prob of the update differs from the rollout's by {largest:.2g}")
+
+
+def fix_capacity(adapter: Adapter, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    """Make the model exact for prompts and completions of these lengths, and prove it on three of the prompts.
+
+    InputError on a GPU, and where a sequence's bits depend on how many are decoded or scored with it.
+    """
+    model = adapter.model
+    if model.device.type != "cpu":
+        raise InputError("--exact works on a CPU only so far: add --device cpu, or leave it out")
+    longest = max(map(len, prompts)) + sampling.max_completion_length
+    model.capacity = longest + -longest % NARROW
+    few = Sampling(min(24, sampling.max_completion_length), sampling.temperature, seed=sampling.seed)
+    v = 0.05 * torch.randn(adapter.v.shape, generator=torch.Generator().manual_seed(0)).to(adapter.v)
+    with torch.no_grad():
+        matrices = adapter.matrices(v)
+        some = sorted(prompts, key=len)[:: max(1, len(prompts) // 2)][:3]  # a short, a middling, a long one
+        found = [rollout(model, matrices, some, 7, few, slots=slots) for slots in (21, 8, 3)]
+        tokens, logprobs = [c.tokens for c in found[0]], [c.logprobs for c in found[0]]
+        whole = list(range(len(tokens)))
+        for pack in (whole, whole[3:4], whole[5:13]):
+            logp, _ = score(adapter, matrices, [p for p in some for _ in range(7)], found[0], pack, few.temperature)
+            want = torch.tensor([x for i in pack for x in logprobs[i]])
+            _refuse("scored", logp, want)
+        for other in found[1:]:
+            if [c.tokens for c in other] != tokens:
+                raise InputError("--exact: on this machine a completion depends on how many are decoded with it")
+            flat = [torch.tensor([x for c in run for x in c.logprobs]) for run in (other, found[0])]
+            _refuse("decoded", *flat)
+
+
+def _refuse(what: str, found: torch.Tensor, want: torch.Tensor) -> None:
+    difference = (found - want).abs().max().item()
+    if difference > 0:
+        raise InputError(
+            f"--exact: on this machine a token's log-prob depends on what is {what} with it (by {difference:.1g}); leave it out"
+        )

@@ -1,0 +1,186 @@
+"""The decode step: from each slot's newest token to its next one, with all bookkeeping on the device.
+
+One step is embedding, every layer, head, sampling, end of sequence and position, for the first `bucket` slots, in place on
+fixed buffers. On a GPU it is one CUDA graph for each bucket, captured largest first into one memory pool before anything runs;
+on a CPU the same function is called. A slot out of use runs along and writes where nobody reads.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinylora.kernels import dispatch
+from tinylora.kernels.correction import Correction
+from tinylora.kernels.frozen_linear import NARROW
+from tinylora.kernels.sampling import sample
+from tinylora.model.decoder import Decoder, KVCache, Matrices
+
+
+@dataclass
+class Sampling:
+    """How tokens are drawn. `seed` and a sequence's number fix its uniforms."""
+
+    max_completion_length: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    eos_ids: tuple[int, ...] = ()
+
+
+def buckets(slots: int, device_type: str) -> list[int]:
+    """Slot counts that a step may run for, ascending. A function of these two alone."""
+    if device_type == "cuda":
+        few = [n for n in (1, 2, 4, 8) if n < slots]
+        return [*few, *range(16, slots, 16), slots]
+    return list(range(NARROW, slots, NARROW)) + [slots]
+
+
+class Slots:
+    """Buffers of all slots, and the step on them."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        sampling: Sampling,
+        slots: int,  # a multiple of NARROW on a CPU
+        cache: KVCache,
+        adapters: int,  # 0: the base model
+    ) -> None:
+        device, length = model.device, sampling.max_completion_length
+        self.model, self.sampling, self.slots, self.cache = model, sampling, slots, cache
+        self.eos = torch.tensor(sampling.eos_ids, device=device, dtype=torch.long)
+
+        def integers() -> Tensor:
+            return torch.zeros(slots, dtype=torch.long, device=device)
+
+        self.token, self.position, self.adapter = integers(), integers(), integers()
+        self.live = torch.zeros(slots, dtype=torch.bool, device=device)
+        # A completion has a row of the outputs; `cell` is where in them a slot writes next, `end` one beyond its row's last.
+        # The last row is for slots out of use.
+        self.rubbish = slots * length
+        self.cell, self.end = integers().fill_(self.rubbish), integers().fill_(self.rubbish)
+        self.uniform = torch.zeros(self.rubbish + 1, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros(self.rubbish + 1, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(self.rubbish + 1, device=device)
+        self.adapters = adapters
+        self._matrices: list[Tensor | None] | None = None
+        self._corrections: dict[int, Sequence[Correction | None]] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    # ---- adapters -------------------------------------------------------------------------------------------------------
+
+    def set_matrices(self, matrices: Matrices | None) -> None:
+        """The adapters of the steps to come; on a GPU copied into the buffers that the graphs read."""
+        if self.model.device.type == "cuda" and self._matrices is not None and matrices is not None:
+            for kept, new in zip(self._matrices, matrices, strict=True):
+                if kept is not None and new is not None:
+                    kept.copy_(new)
+            for correction in itertools.chain.from_iterable(self._corrections.values()):
+                if correction is not None:
+                    correction.refresh()
+            return
+        self._matrices = None if matrices is None else [None if m is None else m.detach().clone() for m in matrices]
+        self._corrections = {}
+
+    def corrections(self, bucket: int) -> Sequence[Correction | None]:
+        if bucket not in self._corrections:
+            rows = self.adapter[:bucket] if self.adapters > 1 else None
+            self._corrections[bucket] = self.model.corrections(self._matrices, rows)
+        return self._corrections[bucket]
+
+    # ---- the step -------------------------------------------------------------------------------------------------------
+
+    def step(self, bucket: int, longest: int) -> None:
+        """One token more for each of the first `bucket` slots. longest: more than every position, where there is no table."""
+        if bucket in self._graphs:
+            self._graphs[bucket].replay()
+        else:
+            self._step(bucket, longest)
+
+    def _step(self, bucket: int, longest: int) -> None:
+        s, first = self.sampling, slice(bucket)
+        cell, live = self.cell[first], self.live[first]
+        token, position = self.token[first], self.position[first]  # (bucket,) each, views
+        hidden = self.model.decode(token, position, self.cache, longest, self.corrections(bucket))
+        new, logp = sample(head(hidden, self.model), s.temperature, s.top_p, s.top_k, self.uniform.index_select(0, cell))
+        self.tokens.index_copy_(0, cell, new)
+        self.logprobs.index_copy_(0, cell, logp.float())
+        token.copy_(new)
+        position.add_(live)
+        cell.add_(live)
+        live.logical_and_(cell != self.end[first])
+        for eos in self.eos:
+            live.logical_and_(new != eos)
+        cell.masked_fill_(~live, self.rubbish)
+
+    def capture(self, sizes: Sequence[int]) -> None:
+        """CUDA graphs of the step, while every slot is out of use; every kernel must have been proven before."""
+        dispatch.prove(self.model.device)
+        pool = None
+        for bucket in sorted(sizes, reverse=True):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # compiles, and lets libraries allocate
+                    self._step(bucket, 0)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._step(bucket, 0)
+            pool = pool or graph.pool()
+            self._graphs[bucket] = graph
+
+    # ---- what the host does between steps -------------------------------------------------------------------------------
+
+    def fill(
+        self,
+        slots: Sequence[int],
+        rows: Sequence[int],  # of the outputs, one a slot
+        tokens: Sequence[int],  # the last of each prompt
+        positions: Sequence[int],  # its position
+        adapters: Sequence[int],
+        limits: Sequence[int],  # tokens each may get, at most max_completion_length
+        uniforms: Tensor,  # (len(slots), max_completion_length)
+    ) -> None:
+        """Put sequences into slots."""
+        length, device = self.sampling.max_completion_length, self.token.device
+        columns = torch.tensor([slots, tokens, positions, adapters, rows, limits], device=device)  # (6, n)
+        index, start = columns[0], columns[4] * length
+        self.token[index], self.position[index], self.adapter[index] = columns[1], columns[2], columns[3]
+        self.cell[index], self.end[index], self.live[index] = start, start + columns[5], True
+        self.uniform[:-1].view(-1, length)[columns[4]] = uniforms
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Take slots out of use: a slot that has lost its pages must not run on."""
+        index = torch.tensor(slots, device=self.token.device)
+        self.live[index], self.cell[index], self.position[index] = False, self.rubbish, 0
+
+    def move(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Slots' sequences into other slots, (from, to) each; what they leave is out of use."""
+        source, target = torch.tensor(moves, device=self.token.device).unbind(1)
+        for state in (self.token, self.position, self.adapter, self.live, self.cell, self.end):
+            state[target] = state[source]
+        self.clear([a for a, _ in moves])
+
+    def finished(self, rows: Sequence[int], counts: Sequence[int]) -> list[tuple[list[int], list[float]]]:
+        """Tokens and log-probs of rows of the outputs, `counts` of each at most, cut after the end token."""
+        length, most = self.sampling.max_completion_length, max(counts)
+        index = torch.tensor(rows, device=self.token.device)
+        tokens, logprobs = (x[:-1].view(-1, length)[index, :most].tolist() for x in (self.tokens, self.logprobs))
+        stop, out = set(self.sampling.eos_ids), []
+        for t, p, n in zip(tokens, logprobs, counts, strict=True):
+            n = next((i + 1 for i in range(n) if t[i] in stop), n)
+            out.append((t[:n], p[:n]))
+        return out
+
+
+def head(hidden: Tensor, model: Decoder) -> Tensor:
+    """Logits (T, vocab) of hidden states (T, hidden); in float32 on a GPU, as the update's log-probs are."""
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(hidden, model.head.T, out_dtype=torch.float32)
+    return F.linear(hidden, model.head)
