@@ -103,7 +103,23 @@ def memory_line(result: Result) -> str:
     )
 
 
-WRITERS = {"step": step_table, "rollout": rollout_table, "memory": memory_line, "ops": ops_tables, "attach": attach_line}
+def layers_table(result: Result) -> str:
+    rows = []
+    for name, entry in result["contenders"].items():
+        seconds, ratio = entry["seconds"]["median"], entry["x_bare"]
+        rows.append([name, f"{seconds * 1e3:,.0f}", f"{ratio:.2f}", f"{entry['peak_extra_bytes'] / 1e6:,.0f}"])
+    title = f"training step of transformers' {result['model']}, {result['layers']} layers, T {result['tokens']}"
+    return markdown([title, "ms", "x bare", "peak extra MB"], rows)
+
+
+WRITERS = {
+    "step": step_table,
+    "rollout": rollout_table,
+    "memory": memory_line,
+    "layers": layers_table,
+    "ops": ops_tables,
+    "attach": attach_line,
+}
 
 
 def section(results: Sequence[Result]) -> str:

@@ -132,7 +132,7 @@ def test_groups_of_three_layers(changes: dict[str, object], expected: list[list[
         ({"n_tie": "some"}, "--n-tie some"),
         ({"tie_mode": "both"}, "--tie-mode both"),
         ({"param_dtype": "int8"}, "--param-dtype int8"),
-        ({"target_modules": ("q_proj", "lm_head")}, "--target-modules .*lm_head"),
+        ({"target_modules": "q_proj"}, "--target-modules q_proj: it must be a list"),
         ({"target_modules": ()}, "--target-modules"),
     ],
 )
@@ -547,3 +547,10 @@ def test_truncated_tensors_are_refused(keep: float, decoder: Decoder, tmp_path: 
 def test_v_of_another_shape_is_refused(decoder: Decoder) -> None:
     with pytest.raises(InputError, match=r"v has shape \(3, 1\); this adapter's is \(1, 1\)"):
         Adapter(decoder, TinyLoRAConfig()).load_v(torch.zeros(3, 1))
+
+
+def test_targets_that_a_decoder_does_not_have_are_refused(decoder: Decoder) -> None:
+    with pytest.raises(InputError, match="--target-modules lm_head: no such linear"):
+        Adapter(decoder, TinyLoRAConfig(target_modules=("q_proj", "lm_head")))
+    with pytest.raises(InputError, match="lm_head.*choose from q_proj"):
+        TinyLoRAConfig(target_modules=("q_proj", "lm_head")).num_parameters(2)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attach, measure, ops, report, verdicts
+from bench import attach, layers, measure, ops, report, verdicts
 from bench.measure import Rounds, call_seconds, in_turns, peak_extra_bytes
 from bench.ops import MODELS, check_agreement, head_case, linear_case, norm_case, swiglu_case
 from tinylora.basis import truncated_svd
@@ -348,6 +348,20 @@ def test_gpu_stages_outlive_each_other_and_keep_to_the_time(tmp_path: Path) -> N
     ):
         assert line in said, said
     assert (tmp_path / "out" / "verdicts.log").read_text() == "broken\n"
+
+
+def test_layers_bench_steps_all_contenders_alike(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Two layers of the tiny model: the bench's own checks pass (equal losses, equally many trained numbers), and its result
+    has a table."""
+    layers.main(["--model", "tiny", "--layers", "2", "--tokens", "16", "--rounds", "1", "--json", str(tmp_path / "r.json")])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads((tmp_path / "r.json").read_text())
+    assert list(result["contenders"]) == ["bare", "attached", "PEFT"]
+    for entry in result["contenders"].values():
+        assert entry["peak_extra_bytes"] > 0 and entry["processor_seconds"]["median"] > 0
+        entry |= {"seconds": {"median": 0.002}, "x_bare": 1.5}  # a busy machine may leave no undisturbed round
+    table = report.layers_table(result).splitlines()
+    assert len(table) == 5 and all(line.startswith("|") for line in table) and "| attached | 2 | 1.50 |" in table[3]
 
 
 # ---- generation and memory ----------------------------------------------------------------------------------------------

@@ -134,3 +134,32 @@ def test_saves_t_and_not_x():
 def test_m_without_factors_is_an_error():
     with pytest.raises(ValueError, match="no factors"):
         FrozenLinear(torch.zeros(4, 4))(torch.zeros(8, 4), torch.zeros(1, 4, 2, 2))
+
+
+@pytest.mark.parametrize("adapters", [1, 3])
+def test_operator_for_the_compiler(adapters):
+    """Schema, fake tensors and autograd as PyTorch's own checker wants them; then the same numbers as in eager."""
+    group, _, M, x, dy, rows = make(2, 2, adapters)
+    args = (x.requires_grad_(), M.requires_grad_(), group.weight, group.bias, group.A, group.Bt)
+    row_adapter = rows if adapters > 1 else None
+    torch.library.opcheck(torch.ops.tinylora.frozen_linear.default, (*args, row_adapter))
+    compiled = torch.compile(frozen_linear, fullgraph=True, backend="aot_eager")
+    for pad in (True, False):
+        plain = (group.weight, group.bias, group.A, group.Bt)
+        want, got = (
+            gradients(lambda x, M, op=op, p=pad, c=plain: op(x, *c, M, row_adapter, p), x.detach(), M.detach(), dy)
+            for op in (frozen_linear, compiled)
+        )
+        for a, b in zip(want, got, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_constants_of_another_dtype_are_cast_as_they_are_used():
+    """What autocast asks for: y and dx of x's dtype, dM of M's, as if the constants had been cast before."""
+    group, _, M, x, dy, _ = make(2, 2)
+    constants = [t.float() for t in (group.weight, group.bias, group.A, group.Bt)]
+    half = [t.bfloat16() for t in constants]
+    x, M, dy = x.bfloat16(), M.float(), dy.bfloat16()
+    mixed, cast = (gradients(lambda x, M, c=c: frozen_linear(x, *c, M), x, M, dy) for c in (constants, half))
+    assert [t.dtype for t in mixed] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(mixed, cast, strict=True))

@@ -92,7 +92,7 @@ def test_gradient_of_v(tiny_model, family, name):
     PyTorch in fp32. (The largest error of a handful of numbers is too noisy to compare: it alone varies twofold.)"""
     config = CONFIGS[name]
     wide, single, adapter64, adapter32 = models(tiny_model, family, config)
-    adapter32.factors = adapter64.factors
+    adapter32.parts.factors = adapter64.factors
     single.pack_factors(adapter64.factors)
     ours, plain = torch.zeros(2), torch.zeros(2)
     for seed in range(12):

@@ -2,7 +2,8 @@
 
 from tinylora.adapter import Adapter, TinyLoRAConfig, load_adapter
 from tinylora.errors import InputError
+from tinylora.layers import AttachedAdapter, attach
 from tinylora.model import load_model
 
 __version__ = "0.1.0"
-__all__ = ["Adapter", "InputError", "TinyLoRAConfig", "load_adapter", "load_model"]
+__all__ = ["Adapter", "AttachedAdapter", "InputError", "TinyLoRAConfig", "attach", "load_adapter", "load_model"]

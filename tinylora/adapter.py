@@ -9,14 +9,15 @@ Which modules share a group is tying: see `TinyLoRAConfig`. The adapter knows v,
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import xxhash
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,6 +27,10 @@ from tinylora.errors import InputError
 from tinylora.files import write_safetensors, write_text
 from tinylora.kernels.frozen_linear import padded_segments
 from tinylora.model.decoder import GROUPS, PROJECTIONS, Decoder, module_name
+from tinylora.model.loader import content_hash
+
+if TYPE_CHECKING:
+    from tinylora.layers import AttachedAdapter
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMAT_VERSION = 1
@@ -65,67 +70,157 @@ class TinyLoRAConfig:
             raise InputError(f"--param-dtype {self.param_dtype}: choose one of {', '.join(_DTYPES)}")
         if self.basis not in BASES:
             raise InputError(f"--basis {self.basis}: choose one of {', '.join(BASES)}")
-        unknown = set(self.target_modules) - set(PROJECTIONS)
-        if unknown or not self.target_modules:
-            raise InputError(f"--target-modules {sorted(unknown) or '(none)'}: choose from {', '.join(PROJECTIONS)}")
+        if isinstance(self.target_modules, str) or not self.target_modules:
+            raise InputError(f"--target-modules {self.target_modules or '(none)'}: it must be a list of names, at least one")
 
     @property
     def p_seed(self) -> int:
         return self.seed if self.projection_seed is None else self.projection_seed
 
     def groups(self, num_layers: int) -> dict[str, int]:
-        """The group of each adapted module, by module name, in module order."""
+        """The group of each adapted module of one of our decoders, by module name, in module order."""
+        unknown = set(self.target_modules) - set(PROJECTIONS)
+        if unknown:
+            raise InputError(f"--target-modules {sorted(unknown)}: choose from {', '.join(PROJECTIONS)}")
         types = [p for p in PROJECTIONS if p in self.target_modules]
-        if self.tie_mode == "structured":
-            size = num_layers if self.n_tie == "all" else self.n_tie
-            per_type = math.ceil(num_layers / size)
-            return {
-                module_name(layer, name): types.index(name) * per_type + layer // size
-                for layer in range(num_layers)
-                for name in types
-            }
-        modules = [module_name(layer, name) for layer in range(num_layers) for name in types]
-        size = len(modules) if self.n_tie == "all" else self.n_tie
-        return {name: index // size for index, name in enumerate(modules)}
+        return self.tie([module_name(layer, name) for layer in range(num_layers) for name in types])
+
+    def tie(self, modules: Sequence[str]) -> dict[str, int]:
+        """The group of each of these modules, which are in module order. Modules whose names differ in numbers alone are of
+        one type: structured tying cuts each type's modules into chunks of its own."""
+        if self.tie_mode == "tiled":
+            size = len(modules) if self.n_tie == "all" else self.n_tie
+            return {name: index // size for index, name in enumerate(modules)}
+        by_type: dict[str, list[str]] = {}
+        for name in modules:
+            by_type.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+        group_of, first = {}, 0
+        for names in by_type.values():
+            size = len(names) if self.n_tie == "all" else self.n_tie
+            group_of.update({name: first + index // size for index, name in enumerate(names)})
+            first += math.ceil(len(names) / size)
+        return {name: group_of[name] for name in modules}
 
     def num_parameters(self, num_layers: int) -> int:
         """Trained numbers on a model of this many layers; needs no model."""
         return self.u * (max(self.groups(num_layers).values()) + 1)
 
 
+@dataclass
+class Base:
+    """A frozen model as an adapter sees it: a Decoder, or any module with linears (`layers.base_of`)."""
+
+    name: str  # of its directory or hub id
+    weights: dict[str, Tensor]  # every linear weight that could be adapted, as (N, K), by module name in module order
+    digests: dict[str, str]  # content hash of every parameter, by parameter name
+    transposed: frozenset[str] = frozenset()  # modules that hold their weight as (K, N)
+    tensors: dict[str, Tensor] | None = None  # the parameters, where digests are of what is in memory and not of a file
+
+    @staticmethod
+    def of_decoder(model: Decoder) -> "Base":
+        return Base(model.path.name, model.weights(PROJECTIONS), model.digests)
+
+    def targets(self, names: Sequence[str]) -> list[str]:
+        """The modules that `names` mean, in module order: each is a whole module name or its last parts, as in PEFT.
+        InputError for a name that means none."""
+        found = [m for m in self.weights if any(m == n or m.endswith(f".{n}") for n in names)]
+        for name in names:
+            if not any(m == name or m.endswith(f".{name}") for m in found):
+                kinds = list(dict.fromkeys(m.rsplit(".", 1)[-1] for m in self.weights))
+                raise InputError(f"--target-modules {name}: no such linear in {self.name}, which has {', '.join(kinds)}")
+        return found
+
+    def has_hash(self, wanted: str) -> bool:
+        """Whether this is the base of that hash; weights read in a wider dtype than they are stored in are the same base."""
+        if base_hash(self) == wanted:
+            return True
+        for dtype in _DTYPES.values() if self.tensors else ():
+            digests = {}
+            for name, tensor in (self.tensors or {}).items():
+                narrowed = tensor.detach().to(dtype)
+                if not torch.equal(narrowed.to(tensor.dtype), tensor):
+                    break
+                digests[name] = content_hash(narrowed)
+            else:
+                if base_hash(dataclasses.replace(self, digests=digests)) == wanted:
+                    return True
+        return False
+
+
+@dataclass
+class Parts:
+    """What an adapter is besides v, for each adapted module, in module order."""
+
+    group_of: dict[str, int]
+    projections: dict[str, Tensor]  # P (u, r, r), float32
+    factors: dict[str, tuple[Tensor, Tensor]]  # A (r, K) and B (N, r), float32
+    peft: dict[str, Any] | None = None  # the adapter_config.json of PEFT that they came with; None: drawn from a config
+
+    @property
+    def groups(self) -> int:
+        return max(self.group_of.values()) + 1
+
+    @property
+    def projection_hash(self) -> str:
+        return _hash(*(p.numpy().tobytes() for p in self.projections.values()))
+
+
+def draw_parts(config: TinyLoRAConfig, base: Base) -> Parts:
+    """Groups, P and factors as the config alone says. InputError where a weight is too small for r."""
+    weights = {name: base.weights[name] for name in base.targets(config.target_modules)}
+    smallest = min(min(w.shape) for w in weights.values())
+    if config.r > smallest:
+        raise InputError(f"--r {config.r}: the smallest adapted weight has only {smallest} rows or columns")
+    first = next(iter(weights.values()))
+    key = _hash(*(base.digests.get(f"{name}.weight", "") for name in weights), str(first.dtype))
+    factors = compute_basis(weights, config.r, key, config.basis)
+    return Parts(config.tie(list(weights)), {name: _projection(config, name) for name in weights}, factors)
+
+
 class Adapter:
     """v on one model: packs the model's factors at construction and turns v into the matrices its forward takes."""
 
-    def __init__(self, model: Decoder, config: TinyLoRAConfig) -> None:
+    def __init__(self, model: Decoder, config: TinyLoRAConfig, parts: Parts | None = None) -> None:
+        """`parts` are drawn from the config, unless they came with a file."""
         layers, self.config, self.model = len(model.layers), config, model
-        smallest = min(min(w.shape) for w in model.weights(config.target_modules).values())
-        if config.r > smallest:
-            raise InputError(f"--r {config.r}: the smallest adapted weight has only {smallest} rows or columns")
-        self.group_of = config.groups(layers)
-        groups = max(self.group_of.values()) + 1
-        weights = model.weights(config.target_modules)
-        key = _hash(*(model.digests.get(f"{name}.weight", "") for name in weights), str(model.dtype))
-        self.factors = compute_basis(weights, config.r, key, config.basis)
-        model.pack_factors(self.factors)
-        self.projections = {name: _projection(config, name) for name in weights}
-        self.projection_hash = _hash(*(p.numpy().tobytes() for p in self.projections.values()))
+        self.base = Base.of_decoder(model)
+        self.parts = parts or draw_parts(config, self.base)
+        model.pack_factors(self.parts.factors)
 
         # One P and one group number per segment of every fused linear, in the model's order; absent segments are zero.
-        parts, group_of_segment, self._sizes = [], [], []
+        projections: list[Tensor] = []
+        group_of_segment: list[int] = []
+        self._sizes: list[int] = []
         for layer in range(layers):
             for names in GROUPS:
                 modules = [module_name(layer, name) for name in names]
-                if not any(m in weights for m in modules):
+                if not any(m in self.group_of for m in modules):
                     self._sizes.append(0)
                     continue
                 size = padded_segments(len(names), config.r, model.narrow)
                 zero = torch.zeros(config.u, config.r, config.r)
-                parts += [self.projections.get(m, zero) for m in modules] + [zero] * (size - len(names))
+                projections += [self.projections.get(m, zero) for m in modules] + [zero] * (size - len(names))
                 group_of_segment += [self.group_of.get(m, 0) for m in modules] + [0] * (size - len(names))
                 self._sizes.append(size)
-        self._P = torch.stack(parts).to(model.device)  # (segments of all groups, u, r, r)
+        self._P = torch.stack(projections).to(model.device)  # (segments of all groups, u, r, r)
         self._group_of_segment = torch.tensor(group_of_segment, device=model.device)
-        self.v = torch.zeros(groups, config.u, device=model.device, requires_grad=True)  # the fp32 master
+        self.v = torch.zeros(self.parts.groups, config.u, device=model.device, requires_grad=True)  # the fp32 master
+
+    @property
+    def group_of(self) -> dict[str, int]:
+        return self.parts.group_of
+
+    @property
+    def projections(self) -> dict[str, Tensor]:
+        return self.parts.projections
+
+    @property
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return self.parts.factors
+
+    @property
+    def projection_hash(self) -> str:
+        return self.parts.projection_hash
 
     @property
     def num_parameters(self) -> int:
@@ -133,9 +228,7 @@ class Adapter:
 
     def stored_v(self, v: Tensor | None = None) -> Tensor:
         """v as saved and as used: rounded to param_dtype, with the gradient passed straight through. fp32."""
-        v = self.v if v is None else v
-        rounded = v.detach().to(_DTYPES[self.config.param_dtype]).to(v.dtype)
-        return v + (rounded - v).detach() if self.config.param_dtype != "float32" else v
+        return stored(self.v if v is None else v, self.config)
 
     def matrices(self, v: Tensor | None = None) -> list[Tensor | None]:
         """M (adapters, segments, r, r) for each fused linear of the model, differentiable in v.
@@ -154,24 +247,7 @@ class Adapter:
 
     def save(self, directory: Path) -> None:
         """Write directory/{adapter_config.json, adapter_model.safetensors}; no reader ever sees a half-written adapter."""
-        about = {
-            "format": "tinylora",
-            "format_version": FORMAT_VERSION,
-            **dataclasses.asdict(self.config),
-            "projection_seed": self.config.p_seed,
-            "base_model_name_or_path": self.model.path.name,
-            "base_model_hash": base_hash(self.model),
-            "projection_hash": self.projection_hash,
-            "num_parameters": self.num_parameters,
-        }
-        tensors = {"v": self.v.detach().to("cpu", _DTYPES[self.config.param_dtype]).contiguous()}
-        names = list(self.factors)
-        for side, sketches in zip("AB", _sketches(self.factors), strict=True):
-            tensors[f"sketch.{side}"] = sketches
-        # The tensors carry the config in their header, so that the one file is complete in itself. One key only: safetensors
-        # writes several in random order, and equal adapters are to be equal files.
-        write_safetensors(directory / "adapter_model.safetensors", tensors, {"tinylora": json.dumps(about)})
-        write_text(directory / "adapter_config.json", json.dumps({**about, "modules": len(names)}, indent=2) + "\n")
+        save_adapter(directory, self.config, self.parts, self.v, self.base)
 
     def load_v(self, v: Tensor) -> None:
         """Set v from a (groups, u) tensor of any float dtype."""
@@ -181,60 +257,167 @@ class Adapter:
             self.v.copy_(v)
 
 
-def load_adapter(directory: str | Path, model: Decoder) -> Adapter:
-    """Load a saved adapter onto the base it was trained on; a run's output directory does as well as its adapter/.
+def stored(v: Tensor, config: TinyLoRAConfig) -> Tensor:
+    """v rounded to param_dtype, in its own dtype, with the gradient passed straight through."""
+    if config.param_dtype == "float32":
+        return v
+    rounded = v.detach().to(_DTYPES[config.param_dtype]).to(v.dtype)
+    return v + (rounded - v).detach()
 
-    InputError where it is missing, broken, of another base, or where P or the factors come out differently here.
+
+def about(config: TinyLoRAConfig, parts: Parts, v: Tensor, base: Base) -> dict[str, Any]:
+    """What a saved adapter says of itself: its config, its size, and the hashes that tell its base and its P from others."""
+    return {
+        "format": "tinylora",
+        "format_version": FORMAT_VERSION,
+        **dataclasses.asdict(config),
+        "projection_seed": config.p_seed,
+        "base_model_name_or_path": base.name,
+        "base_model_hash": base_hash(base),
+        "projection_hash": parts.projection_hash,
+        "num_parameters": v.numel(),
+    }
+
+
+def save_adapter(directory: Path, config: TinyLoRAConfig, parts: Parts, v: Tensor, base: Base) -> None:
+    """Write an adapter in the format it has: ours where everything but v can be drawn again, else PEFT's."""
+    if parts.peft is not None:
+        from tinylora import peft_format  # it knows this module
+
+        peft_format.write(directory, parts, v, base)
+        return
+    described = about(config, parts, v, base)
+    tensors = {"v": v.detach().to("cpu", _DTYPES[config.param_dtype]).contiguous()}
+    for side, sketches in zip("AB", _sketches(parts.factors), strict=True):
+        tensors[f"sketch.{side}"] = sketches
+    # The tensors carry the config in their header, so that the one file is complete in itself. One key only: safetensors
+    # writes several in random order, and equal adapters are to be equal files.
+    write_safetensors(directory / "adapter_model.safetensors", tensors, {"tinylora": json.dumps(described)})
+    modules = {**described, "modules": len(parts.group_of)}
+    write_text(directory / "adapter_config.json", json.dumps(modules, indent=2) + "\n")
+
+
+def save_tiny(path: Path, config: TinyLoRAConfig, parts: Parts, v: Tensor, base: Base) -> int:
+    """Write v into one file whose header has the rest; returns the bytes of v.
+
+    Without the directory's sketches of A and B: a reader is told by hash whether base and P are the same, and not whether
+    the factors come out alike.
     """
-    directory = Path(directory)
-    if not (directory / "adapter_config.json").exists() and (directory / "adapter").is_dir():
-        directory = directory / "adapter"
+    if parts.peft is not None:
+        raise InputError("--to tiny: this adapter came from PEFT with factors of its own, which v alone does not restore")
+    payload = v.detach().to("cpu", _DTYPES[config.param_dtype]).contiguous()
+    described = {**about(config, parts, v, base), "modules": len(parts.group_of)}
+    write_safetensors(path, {"v": payload}, {"tinylora": json.dumps(described)})
+    return payload.nbytes
+
+
+@overload
+def load_adapter(directory: str | Path, model: Decoder) -> Adapter: ...
+@overload
+def load_adapter(directory: str | Path, model: torch.nn.Module, name: str = "default") -> "AttachedAdapter": ...
+
+
+def load_adapter(directory: str | Path, model: Decoder | torch.nn.Module, name: str = "default") -> "Adapter | AttachedAdapter":
+    """Load a saved adapter onto the base it was trained on: an `Adapter` on a Decoder, attached layers on any other model.
+
+    `directory` is an adapter's, a run's (its adapter/), PEFT's of a TINYLORA adapter, or a file of `export --to tiny`.
+    `name` is the adapter's among several on an attached model. InputError where it is missing, broken, of another base, or
+    where P or the factors come out differently here; the model is then as it was.
+    """
+    path = Path(directory)
+    if not (path / "adapter_config.json").exists() and (path / "adapter").is_dir():
+        path = path / "adapter"
+    if isinstance(model, Decoder):
+        config, parts, v = read_adapter(path, Base.of_decoder(model))
+        adapter = Adapter(model, config, parts)
+        adapter.load_v(v)
+        return adapter
+    from tinylora import layers  # it knows this module
+
+    return layers.load(path, model, name)
+
+
+def read_adapter(path: Path, base: Base) -> tuple[TinyLoRAConfig, Parts, Tensor]:
+    """A saved adapter of any format, checked against a base."""
+    described: Any
     try:
-        about: dict[str, Any] = json.loads((directory / "adapter_config.json").read_text())
-        tensors = load_file(directory / "adapter_model.safetensors")
+        pickles = [p.name for p in path.glob("adapter_model*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+        if pickles:
+            raise InputError(f"--adapter {path}: {pickles[0]} is a pickle, which can run code; save as safetensors instead")
+        if path.is_file() and path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                described = json.loads((file.metadata() or {}).get("tinylora", "{}"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        else:
+            described = json.loads((path / "adapter_config.json").read_text())
+            tensors = load_file(path / "adapter_model.safetensors")
     except FileNotFoundError as error:
-        raise InputError(f"--adapter {directory}: {Path(error.filename or '').name or error} is missing") from None
+        raise InputError(f"--adapter {path}: {Path(error.filename or '').name or error} is missing") from None
+    except InputError:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"--adapter {directory} cannot be read: {error}") from None
-    if not isinstance(about, dict) or (about.get("format"), about.get("format_version")) != ("tinylora", FORMAT_VERSION):
-        raise InputError(f"--adapter {directory}: not a tinylora adapter of format version {FORMAT_VERSION}")
+        raise InputError(f"--adapter {path} cannot be read: {error}") from None
+    if isinstance(described, dict) and "peft_type" in described:
+        from tinylora import peft_format  # it knows this module
+
+        return peft_format.read(path, described, tensors, base)
+    return _read_own(path, described, tensors, base)
+
+
+def _read_own(path: Path, described: Any, tensors: dict[str, Tensor], base: Base) -> tuple[TinyLoRAConfig, Parts, Tensor]:
+    if not isinstance(described, dict) or (described.get("format"), described.get("format_version")) != (
+        "tinylora",
+        FORMAT_VERSION,
+    ):
+        raise InputError(f"--adapter {path}: not a tinylora adapter of format version {FORMAT_VERSION}")
     names = [f.name for f in dataclasses.fields(TinyLoRAConfig)]
-    lacking = {*names, "base_model_hash", "base_model_name_or_path", "projection_hash", "modules"} - about.keys()
+    lacking = {*names, "base_model_hash", "base_model_name_or_path", "projection_hash", "modules"} - described.keys()
     if lacking:
-        raise InputError(f"--adapter {directory}: adapter_config.json lacks {', '.join(sorted(lacking))}")
-    fields = {name: about[name] for name in names}
-    config = TinyLoRAConfig(**{**fields, "target_modules": tuple(fields["target_modules"])})
-    if about["base_model_hash"] != base_hash(model):
+        raise InputError(f"--adapter {path}: adapter_config.json lacks {', '.join(sorted(lacking))}")
+    fields = {name: described[name] for name in names}
+    try:
+        config = TinyLoRAConfig(**{**fields, "target_modules": tuple(fields["target_modules"])})
+    except TypeError as error:
+        raise InputError(f"--adapter {path}: adapter_config.json is broken: {error}") from None
+    if not base.has_hash(described["base_model_hash"]):
+        modules = sum(any(m == n or m.endswith(f".{n}") for n in config.target_modules) for m in base.weights)
         raise InputError(
-            f"--adapter {directory} was trained on {about['base_model_name_or_path']} (weights {about['base_model_hash']}, "
-            f"{about['modules']} modules); this model is {model.path.name} (weights {base_hash(model)}, "
-            f"{len(config.groups(len(model.layers)))} modules). Give the base it was trained on."
+            f"--adapter {path} was trained on {described['base_model_name_or_path']} (weights {described['base_model_hash']}, "
+            f"{described['modules']} modules); this model is {base.name} (weights {base_hash(base)}, "
+            f"{modules} modules). Give the base it was trained on."
         )
-    adapter = Adapter(model, config)
-    if about["projection_hash"] != adapter.projection_hash:
-        raise InputError(f"--adapter {directory}: P of seed {config.p_seed} comes out differently in this version of tinylora")
-    if {"v", "sketch.A", "sketch.B"} - tensors.keys():
-        raise InputError(f"--adapter {directory}: adapter_model.safetensors lacks v or its sketches")
-    for side, mine in zip("AB", _sketches(adapter.factors), strict=True):
-        theirs = tensors[f"sketch.{side}"]
+    parts = draw_parts(config, base)
+    if described["projection_hash"] != parts.projection_hash:
+        raise InputError(f"--adapter {path}: P of seed {config.p_seed} comes out differently in this version of tinylora")
+    wanted = {"v"} if path.is_file() else {"v", "sketch.A", "sketch.B"}
+    if wanted - tensors.keys():
+        raise InputError(f"--adapter {path}: adapter_model.safetensors lacks v or its sketches")
+    for side, mine in zip("AB", _sketches(parts.factors), strict=True):
+        theirs = tensors.get(f"sketch.{side}", mine)
         # not <=, rather than >, so that NaN fails it
         if theirs.shape != mine.shape or not ((theirs - mine).norm(dim=2) <= SKETCH_TOLERANCE * mine.norm(dim=2)).all():
-            raise InputError(f"--adapter {directory}: the factors {side} come out differently on this machine or in this dtype")
+            raise InputError(f"--adapter {path}: the factors {side} come out differently on this machine or in this dtype")
     if not tensors["v"].isfinite().all():
-        raise InputError(f"--adapter {directory}: v is not finite")
-    adapter.load_v(tensors["v"])
-    return adapter
+        raise InputError(f"--adapter {path}: v is not finite")
+    shape = (parts.groups, config.u)
+    if tuple(tensors["v"].shape) != shape:
+        raise InputError(f"--adapter {path}: v has shape {tuple(tensors['v'].shape)}; this adapter's is {shape}")
+    return config, parts, tensors["v"]
 
 
 def _projection(config: TinyLoRAConfig, module: str) -> Tensor:
     """P (u, r, r) of one module. Its stream is named by the seed and the module's place among all seven projections of
-    every layer, so that adapting fewer modules does not change the others' P."""
-    layer, projection = int(module.split(".")[2]), module.rsplit(".", 1)[1]
-    place = layer * len(PROJECTIONS) + PROJECTIONS.index(projection)
+    every layer, so that adapting fewer modules does not change the others' P; other modules are named by their names."""
+    layer = re.match(r"model\.layers\.(\d+)\.", module)
+    projection = module.rsplit(".", 1)[-1]
+    if layer and projection in PROJECTIONS and module == module_name(int(layer[1]), projection):
+        place = int(layer[1]) * len(PROJECTIONS) + PROJECTIONS.index(projection)
+    else:
+        place = xxhash.xxh3_64_intdigest(module.encode()) | 1 << 63
     return (prng.normal((config.u, config.r, config.r), config.p_seed, place) / math.sqrt(config.r)).float()
 
 
-def base_hash(model: Decoder) -> str:
+def base_hash(model: Decoder | Base) -> str:
     return _hash(*(part for item in sorted(model.digests.items()) for part in item))
 
 

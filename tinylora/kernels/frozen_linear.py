@@ -157,9 +157,23 @@ def _product(x: Tensor, z: Tensor, weight: Tensor, Bt: Tensor, bias: Tensor | No
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bt: Tensor, M: Tensor, row_adapter: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    t = M.new_empty(len(x), len(A))  # (T, R)
-    z = shrink(x, Correction(A, Bt, M, row_adapter, t))
-    return _product(x, z, weight, Bt, bias), t
+    with torch.autocast(x.device.type, enabled=False):  # M stays in its own precision; x comes in the one wanted
+        weight, A, Bt = weight.to(x.dtype), A.to(x.dtype), Bt.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        t = M.new_empty(len(x), len(A))  # (T, R)
+        z = shrink(x, Correction(A, Bt, M, row_adapter, t))
+        return _product(x, z, weight, Bt, bias), t
+
+
+def _backward(
+    dy: Tensor, t: Tensor, M: Tensor, weight: Tensor, A: Tensor, Bt: Tensor, row_adapter: Tensor | None, wants_dx: bool
+) -> tuple[Tensor | None, Tensor]:
+    """dx (T, K), where it is wanted, and dM."""
+    with torch.autocast(dy.device.type, enabled=False):
+        dy, weight, A, Bt = dy.contiguous(), weight.to(dy.dtype), A.to(dy.dtype), Bt.to(dy.dtype)
+        s = torch.empty_like(t)  # (T, R)
+        sM = shrink(dy, Correction(Bt, A, M.transpose(-1, -2), row_adapter, s))
+        return _product(dy, sM, weight.T, A, None) if wants_dx else None, reduce_dM(s, t, M, row_adapter)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -172,11 +186,50 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         t, M, weight, A, Bt, row_adapter = ctx.saved_tensors
-        s = torch.empty_like(t)  # (T, R)
-        sM = shrink(dy.contiguous(), Correction(Bt, A, M.transpose(-1, -2), row_adapter, s))
-        dx = _product(dy, sM, weight.T, A, None) if ctx.needs_input_grad[0] else None
-        dM = reduce_dM(s, t, M, row_adapter) if ctx.needs_input_grad[1] else None
+        dx, dM = _backward(dy, t, M, weight, A, Bt, row_adapter, ctx.needs_input_grad[0])
         return dx, dM, None, None, None, None, None
+
+
+# The same for torch.compile, which sees one opaque operator each way.
+
+
+@torch.library.custom_op("tinylora::frozen_linear", mutates_args=())
+def _op(
+    x: Tensor, M: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bt: Tensor, row_adapter: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _forward(x, weight, bias, A, Bt, M, row_adapter)
+
+
+@_op.register_fake
+def _(x, M, weight, bias, A, Bt, row_adapter):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], weight.shape[0]), M.new_empty(x.shape[0], A.shape[0])
+
+
+@torch.library.custom_op("tinylora::frozen_linear_backward", mutates_args=())
+def _backward_op(
+    dy: Tensor, t: Tensor, M: Tensor, weight: Tensor, A: Tensor, Bt: Tensor, row_adapter: Tensor | None, wants_dx: bool
+) -> tuple[Tensor, Tensor]:
+    dx, dM = _backward(dy, t, M, weight, A, Bt, row_adapter, wants_dx)
+    return dy.new_empty(0) if dx is None else dx, dM.clone() if dM._is_view() else dM
+
+
+@_backward_op.register_fake
+def _(dy, t, M, weight, A, Bt, row_adapter, wants_dx):  # type: ignore[no-untyped-def]
+    return dy.new_empty(dy.shape[0], weight.shape[1]) if wants_dx else dy.new_empty(0), torch.empty_like(M)
+
+
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, M, weight, _, A, Bt, row_adapter = inputs
+    ctx.save_for_backward(output[1], M, weight, A, Bt, row_adapter)
+
+
+def _op_backward(ctx, dy, _):  # type: ignore[no-untyped-def]
+    wants_dx = ctx.needs_input_grad[0]
+    dx, dM = _backward_op(dy, *ctx.saved_tensors, wants_dx)
+    return dx if wants_dx else None, dM, None, None, None, None, None
+
+
+_op.register_autograd(_op_backward, setup_context=_keep)
 
 
 def padded_rows(rows: int, device: torch.device) -> int:
@@ -198,16 +251,22 @@ def frozen_linear(
     Bt: Tensor | None,  # (R, N), frozen
     M: Tensor | None,  # (adapters, segments, r, r), fp32 (fp64 in tests); None: the bare linear
     row_adapter: Tensor | None = None,  # (T,) integer: the adapter of each row; None: adapter 0 for all
+    pad: bool = True,  # rows to a multiple of NARROW on a CPU; False: as they come, for models whose other ops do not either
 ) -> Tensor:  # (T, N)
-    """y = x W^T + bias + (M x A^T) B^T, with gradients for x and M. Saves t and the constants, not x."""
+    """y = x W^T + bias + (M x A^T) B^T, with gradients for x and M. Saves t and the constants, not x.
+
+    Constants of another dtype than x's are cast as they are used, and y is of x's: what autocast asks for.
+    """
     rows = len(x)
-    x = pad_rows(x)
-    if row_adapter is not None:
-        row_adapter = pad_rows(row_adapter)
+    if pad:
+        x = pad_rows(x)
+        row_adapter = None if row_adapter is None else pad_rows(row_adapter)
     if M is None:
         y = F.linear(x, weight, bias)
     elif A is None or Bt is None:
         raise ValueError("M was given to a frozen linear that holds no factors; pack them first")
+    elif torch.compiler.is_compiling():
+        y, _ = _op(x, M, weight, bias, A, Bt, row_adapter)
     elif torch.is_grad_enabled() and (x.requires_grad or M.requires_grad):
         y = _FrozenLinear.apply(x, M, weight, bias, A, Bt, row_adapter)
     else:

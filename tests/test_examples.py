@@ -1,0 +1,59 @@
+"""The examples run as they stand: TRL trains an attached model, saves it, and goes on from a checkpoint with the same v."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import tinylora
+from tinylora.model.loader import BUILTIN
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "more"), [("trl_sft", ["--batch-size", "8"]), ("trl_grpo", ["--completions", "32"])])
+def test_trl_trains_saves_and_resumes(name: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    main = example(name).main
+    arguments = ["--save-steps", "2", "--max-steps", "4", *more, "--output-dir"]
+    adapter = main([*arguments, str(tmp_path / "whole")])
+    assert adapter.v.abs().max() > 1e-3
+    history = json.loads((tmp_path / "whole" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert any(row.get("grad_norm", 0) > 0 for row in history)
+
+    # what save_model wrote: the base's tensors, bit for bit, and v
+    saved, base = (
+        load_file(tmp_path / "whole" / "model.safetensors"),
+        AutoModelForCausalLM.from_pretrained(BUILTIN).state_dict(),
+    )
+    assert torch.equal(saved.pop("tinylora.adapters.default.v"), adapter.v)
+    assert saved and all(torch.equal(tensor, base[key]) for key, tensor in saved.items())
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")  # it opens as the base, without v
+    assert all(torch.equal(tensor, base[key]) for key, tensor in plain.state_dict().items())
+
+    # what adapter.save wrote, on a model of its own
+    fresh = AutoModelForCausalLM.from_pretrained(BUILTIN)
+    assert torch.equal(tinylora.load_adapter(tmp_path / "whole" / "adapter", fresh).v, adapter.v)
+
+    # resumed from the half-way checkpoint: the same four steps
+    (tmp_path / "half").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "half" / "checkpoint-2")
+    half = load_file(tmp_path / "half" / "checkpoint-2" / "model.safetensors")["tinylora.adapters.default.v"]
+    assert half.abs().max() > 0 and not torch.equal(half, adapter.v)
+    resumed = main([*arguments, str(tmp_path / "half"), "--resume"])
+    torch.testing.assert_close(resumed.v, adapter.v, rtol=1e-5, atol=1e-7)
