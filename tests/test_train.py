@@ -466,6 +466,7 @@ def test_every_recipe_has_a_plan_from_config_files_alone(recipe, capsys, monkeyp
     """No weights, no tokenizer, no rows: the trained numbers are those of the file's name, and what a step holds adds up."""
     monkeypatch.setattr("tinylora.train.Trainer", None)
     monkeypatch.setattr("tinylora.rl.plan.resolve_model", None)
+    monkeypatch.setattr("tinylora.rl.plan.load_task", None)
     assert train.main(["--config", str(recipe), "--dry-run"]) == 0
     out = capsys.readouterr().out
     numbers = int(recipe.stem.rsplit("-", 1)[1])
