@@ -176,7 +176,7 @@ def test_a_verdict_that_the_grader_gave_up_on_is_not_kept(cache: Path, monkeypat
 
 def test_killed_and_resumed_it_gives_the_same_files(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """kill -9 once some answers are there; what was finished is not generated again."""
-    flags = ["--adapter", str(adapter), "--eval-size", "560", "--output-dir"]
+    flags = ["--adapter", str(adapter), "--eval-size", "560", "--max-completion-length", "12", "--output-dir"]
     killed = tmp_path / "killed"
     monkeypatch.setenv("TINYLORA_CACHE", str(killed / "cache"))
     command = [sys.executable, "-m", "tinylora.evaluate", *flags, str(killed)]

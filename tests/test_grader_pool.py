@@ -161,3 +161,13 @@ def test_the_limit_leaves_room_for_honest_answers() -> None:
         began = time.perf_counter()
         verdict = pool.grade([(r"\boxed{\frac{r}{V} x + x^{\prime} - r c = 0}", gold, "boxed", 0.0)])[0]
     assert verdict.failure is None and verdict.right["strict"] and time.perf_counter() - began < LIMIT
+
+
+def test_a_process_that_never_ends_its_line_is_late(tmp_path: Path) -> None:
+    """Every piece it writes comes in time; the whole answer does not."""
+    body = (
+        "import sys, time\nprint('ready', flush=True)\nfor line in sys.stdin:\n"
+        "    for _ in range(100):\n        print('.', end='', flush=True)\n        time.sleep(0.02)\n"
+    )
+    with GraderPool(1, limit=0.3, command=script(tmp_path, body)) as pool:
+        assert pool.grade([("x", "5", "boxed", 0.0)])[0].failure == "timeout"

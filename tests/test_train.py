@@ -466,6 +466,7 @@ def test_every_recipe_has_a_plan_from_config_files_alone(recipe, capsys, monkeyp
     """No weights, no tokenizer, no rows: the trained numbers are those of the file's name, and what a step holds adds up."""
     monkeypatch.setattr("tinylora.train.Trainer", None)
     monkeypatch.setattr("tinylora.rl.plan.resolve_model", None)
+    monkeypatch.setattr("tinylora.rl.plan.load_task", None)
     assert train.main(["--config", str(recipe), "--dry-run"]) == 0
     out = capsys.readouterr().out
     numbers = int(recipe.stem.rsplit("-", 1)[1])
@@ -588,6 +589,7 @@ def test_config_file_and_flags(tmp_path):
     config = train.parse(["--config", str(file), "--u", "2"])
     assert (config.learning_rate, config.u, config.n_tie, config.target_modules) == (0.5, 2, 4, ("q_proj", "o_proj"))
     assert config.dataset == "builtin" and config.num_generations == 8, "the built-in preset holds where nothing is said"
+    assert train.parse(["--eval-every", "7"]).eval_steps == train.parse(["--eval-steps", "7"]).eval_steps == 7
     real = train.parse(["--model", "Qwen/Qwen2.5-7B-Instruct"])
     assert (real.dataset, real.u, real.n_tie, real.learning_rate) == ("gsm8k", 1, 16, 2e-4)
 

@@ -1,7 +1,9 @@
 """Every setting of a training run. Names are TRL's and PEFT's where the same thing exists there."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from tinylora.adapter import TinyLoRAConfig
 from tinylora.errors import InputError
@@ -116,7 +118,7 @@ class TrainConfig:
 
     eval_size: int = 1024
     """Held-out problems scored before the first and after the last step; 0: no evaluation."""
-    eval_steps: int = 0
+    eval_steps: Annotated[int, tyro.conf.arg(aliases=["--eval-every"])] = 0
     """Every so many steps score --validation-size held-out training rows and keep the best adapter in best/; 0: never."""
     validation_size: int = 256
     """Training rows that --eval-steps holds out and scores. The test rows choose nothing."""

@@ -7,12 +7,12 @@ measured on one with plain library calls), with every completion as long as it m
 import math
 from pathlib import Path
 
-from tinylora.errors import InputError
 from tinylora.model.config import ModelConfig
 from tinylora.model.decoder import PROJECTIONS
 from tinylora.model.loader import resolve_model
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.prompts import messages
+from tinylora.rl.rewards import CONTROLS
 from tinylora.rl.tasks import KNOWN, Row, load_task
 from tinylora.rl.text import Text
 
@@ -50,7 +50,8 @@ def plan(c: TrainConfig, model: ModelConfig, text: Text | None, row: Row | None)
     decode = c.max_completion_length * (weights * width + completions * (prompt + c.max_completion_length / 2) * kv) / BANDWIDTH
     decode = max(decode, 2 * per_token * completions * c.max_completion_length / FLOPS)
     prefill = 2 * per_token * c.prompts_per_step * prompt / FLOPS
-    update = c.num_iterations * 4 * per_token * tokens / FLOPS
+    passes = 4 + (2 if c.beta else 0)  # FLOP a weight and token: forward, dX, and the base's forward for the KL
+    update = c.num_iterations * passes * per_token * tokens / FLOPS
     shown = "\n".join(f"    {m['role']}: {m['content']}" for m in row["prompt"]) if row else ""
     if text and row:
         shown = "    " + text.render(row["prompt"]).replace("\n", "\n    ")
@@ -84,16 +85,13 @@ def dry_run(c: TrainConfig, recipe: str | None) -> str:
     """The plan of these settings; `recipe` is the --config file they came from."""
     model, directory = config_of(c.model, recipe)
     text = Text(directory) if directory is not None and (directory / "tokenizer.json").exists() else None
+    if c.dataset in KNOWN and c.data is None:  # the hub is not asked for rows that only a sample is taken of
+        style = KNOWN[c.dataset].style if c.prompt_style == "auto" else c.prompt_style
+        return plan(c, model, text, {"prompt": messages("(the question)", style)})
     return plan(c, model, text, first_row(c))
 
 
 def first_row(c: TrainConfig) -> Row | None:
-    """The task's first row; a made-up question where a known set's rows cannot be had now."""
-    try:
-        task = load_task(c.dataset, c.data, c.prompt_style, ("train",), needs_answers=c.reward is None)
-        return task.train[0] if task.train else None
-    except InputError:
-        if c.dataset not in KNOWN or c.data is not None:
-            raise
-        style = KNOWN[c.dataset].style if c.prompt_style == "auto" else c.prompt_style
-        return {"prompt": messages("(the question)", style)}
+    """The task's first training row; None where it has none."""
+    task = load_task(c.dataset, c.data, c.prompt_style, ("train",), needs_answers=c.reward in (None, *CONTROLS))
+    return task.train[0] if task.train else None
