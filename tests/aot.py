@@ -73,20 +73,18 @@ def _token_logprobs(dtype: torch.dtype, rows: int = 2048, width: int = 3584, voc
     return run
 
 
-def _decode(slots: int = 64, page: int = 64, most: int = 32) -> Callable[[], Any]:
-    """One layer's attention of a decode step at Qwen2.5-7B's heads, with an adapter a row."""
-
-    def run() -> None:
-        h, o = rope.Heads(28, 4, 128), _correction(slots, 3584, 3584, 1, True)
-        keys, values = (meta(slots * most + 1, 4, page, 128) for _ in range(2))
-        positions, table = meta(slots, dtype=torch.int64), meta(slots, most, dtype=torch.int32)
-        view = decode_attention.CacheView(positions, table, page, 0, torch.bfloat16)
-        q = rope.rope_cache_triton(
-            meta(slots, h.width + 64), meta(slots, 128), meta(slots, 128), h, keys, values, positions, table
-        )
-        decode_attention.decode_attention_triton(q, keys, values, view, o)
-
-    return run
+def _decode(slots: int = 64, page: int = 64, most: int = 32) -> dict[str, Callable[[], Any]]:
+    """One layer of a decode step at Qwen2.5-7B's heads, with an adapter a row: into the cache, and the attention over it."""
+    h, o = rope.Heads(28, 4, 128), _correction(slots, 3584, 3584, 1, True)
+    keys, values = (meta(slots * most + 1, 4, page, 128) for _ in range(2))
+    view = decode_attention.CacheView(
+        meta(slots, dtype=torch.int64), meta(slots, most, dtype=torch.int32), page, 0, torch.bfloat16
+    )
+    qkv, cos, q = meta(slots, h.width + 64), meta(slots, 128), meta(slots, 28, 128)
+    return {
+        "cache": lambda: rope.rope_cache_triton(qkv, cos, cos, h, keys, values, view.positions, view.table),
+        "attention": lambda: decode_attention.decode_attention_triton(q, keys, values, view, o),
+    }
 
 
 def _sample(dtype: torch.dtype, temperature: float) -> Callable[[], Any]:
@@ -171,7 +169,13 @@ CASES = [
     Case("fused_linear W^T tma", fused_linear, _linear(4096, 3584, 3584, True), {"_tma": TMA}, architectures=(90, 100)),
     *(Case(f"{name} T=64", MODULES[name.split()[0]], run) for name, run in _rows(64, adapters=True).items()),
     *(Case(f"{name} T=16384", MODULES[name.split()[0]], run) for name, run in _rows(16384).items()),
-    Case("decode attention", decode_attention, _decode(), {"_partial": dict.fromkeys(SHARED, {"LDGSTS", "HMMA"})}),
+    Case("rope into the cache", rope, _decode()["cache"]),
+    Case(
+        "decode attention",
+        decode_attention,
+        _decode()["attention"],
+        {"_partial": dict.fromkeys(SHARED, {"LDGSTS", "HMMA"})},
+    ),
     Case("token_logprobs bf16", token_logprobs, _token_logprobs(torch.bfloat16), {"_share": PRODUCT, "_dlogits": PRODUCT}),
     Case("token_logprobs fp32", token_logprobs, _token_logprobs(torch.float32), forbids=TENSOR_CORES),
     Case("sampling bf16", sampling, _sample(torch.bfloat16, 0.7)),
@@ -240,8 +244,7 @@ def reports() -> Iterator[dict[str, Any]]:
             case.run()
             for kernel in {kernel.hash: kernel for kernel in launch.compiled}.values():  # each once, however often launched
                 report = inspect(kernel)
-                budget = {**rope.BUDGET, **case.module.BUDGET} if case.module is decode_attention else case.module.BUDGET
-                registers, shared = budget[report["kernel"]]
+                registers, shared = case.module.BUDGET[report["kernel"]]
                 needs = case.needs.get(report["kernel"], {}).get(architecture, set())
                 expected = {"registers": registers, "shared": shared, "needs": sorted(needs), "forbids": sorted(case.forbids)}
                 module = case.module.__name__.rpartition(".")[2]
