@@ -20,7 +20,9 @@ from tinylora.adapter import Base
 from tinylora.layers import base_of
 
 KINDS = list(TARGETS)
-LIMIT = 1e-5  # of logits of order 1 to 10 in fp32, from other orders of the same sums
+# Of logits of order 1 to 10 in fp32, from other orders of the same sums. On a bf16 base one bit of an activation is 100 times
+# that: there the limit is met because every op and its order are PEFT's.
+LIMIT = 1e-5
 
 
 def logits(model: torch.nn.Module) -> Tensor:
@@ -53,15 +55,16 @@ def correction(adapter: tinylora.AttachedAdapter) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ratio", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("save_projection", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_peft_saves_gives_our_layers_its_logits_and_back(
-    kind: str, ratio: float, save_projection: bool, tmp_path: Path
+    kind: str, ratio: float, save_projection: bool, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     from peft import PeftModel
 
-    want = logits(peft_saves(tmp_path / "theirs", kind, weight_tying=ratio, save_projection=save_projection))
+    want = logits(peft_saves(tmp_path / "theirs", kind, dtype, ratio, save_projection))
     has_P = any("tinylora_P" in name for name in load_file(tmp_path / "theirs" / "adapter_model.safetensors"))
     assert has_P == save_projection
-    model = foreign_model(kind)
+    model = foreign_model(kind, dtype)
     base = logits(model)
     adapter = load_adapter(tmp_path / "theirs", model)
     modules = {"gpt2": 8}.get(kind, 14)
@@ -71,54 +74,40 @@ def test_what_peft_saves_gives_our_layers_its_logits_and_back(
     adapter.save(tmp_path / "back")
     written = json.loads((tmp_path / "back" / "adapter_config.json").read_text())["weight_tying"]
     assert peft_format.tying(modules, written) == peft_format.tying(modules, ratio)
-    back = PeftModel.from_pretrained(foreign_model(kind), str(tmp_path / "back"))
+    back = PeftModel.from_pretrained(foreign_model(kind, dtype), str(tmp_path / "back"))
     assert (logits(back) - want).abs().max() <= LIMIT
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_peft_0_19_saved(kind: str) -> None:
     """qwen2 partly tied, llama tied, gpt2 untied on a bf16 base."""
+    from peft import PeftModel
+
     dtype = torch.bfloat16 if kind == "gpt2" else torch.float32
     model, want = foreign_model(kind, dtype), load_file(DATA / kind / "expected.safetensors")["logits"]
     base = logits(model)
     load_adapter(DATA / kind, model)
     moved = (want - base).abs().max()
     assert moved > 0.1
-    # in bf16 both sides round at other places: see the next test
+    # a processor that multiplies bf16 in its own way rounds the base's products at other places than the one that wrote `want`
     assert (logits(model) - want).abs().max() <= (LIMIT if dtype == torch.float32 else 0.1 * moved)
+    theirs = PeftModel.from_pretrained(foreign_model(kind, dtype), str(DATA / kind))
+    assert (logits(model) - logits(theirs)).abs().max() <= LIMIT
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("save_projection", [True, False])
-def test_bf16_base(kind: str, save_projection: bool, tmp_path: Path) -> None:
-    """The corrections are PEFT's within 1e-5, and ours, in the base's precision, is as close to fp64 as PEFT's in fp32."""
-    theirs = peft_saves(tmp_path / "a", kind, torch.bfloat16, 0.6, save_projection)
-    want = logits(theirs)
-    model = foreign_model(kind, torch.bfloat16)
-    adapter = load_adapter(tmp_path / "a", model)
-    ours = logits(model)
-    for name, D in correction(adapter).items():
-        layer = theirs.base_model.model.get_submodule(name)
-        # their own formula, from their buffers
-        A, B, R = layer.tinylora_A["default"], layer.tinylora_B["default"], layer._compute_R("default").detach()
-        reference = B.double() @ R.double() @ A.double()
-        assert (D - reference).abs().max() <= 1e-5 * reference.abs().max()
-    adapter.detach()
-    exact = foreign_model(kind, torch.bfloat16).double()
-    truth_adapter = tinylora.attach(exact, TinyLoRAConfig(target_modules=TARGETS[kind]))
-    truth_adapter.detach()
-    with torch.no_grad():
-        for name, D in correction(adapter).items():
-            module = exact.get_submodule(name)
-            module.weight += D.T if kind == "gpt2" else D
-    truth = exact(IDS).logits.detach()
-    errors = [(x.double() - truth).square().mean().sqrt() for x in (ours, want)]
-    assert errors[0] <= 1.5 * errors[1], errors
-    adapter_back = tmp_path / "back"
-    peft_format.write(adapter_back, adapter.parts, adapter.v, adapter.base)
-    from peft import PeftModel
-
-    assert torch.equal(logits(PeftModel.from_pretrained(foreign_model(kind, torch.bfloat16), str(adapter_back))), want)
+def test_gradient_on_a_bf16_base_is_as_exact_as_pefts(kind: str, tmp_path: Path) -> None:
+    """dv against fp64: PEFT rounds dx twice a layer, we once."""
+    theirs = peft_saves(tmp_path, kind, torch.bfloat16, 0.0)
+    model, exact = foreign_model(kind, torch.bfloat16), foreign_model(kind, torch.bfloat16)
+    adapter, truth = load_adapter(tmp_path, model), load_adapter(tmp_path, exact)
+    exact.double()
+    for m in (theirs, model, exact):
+        torch.nn.functional.cross_entropy(m(IDS).logits[:, :-1].flatten(0, 1).double(), IDS[:, 1:].flatten()).backward()
+    dv = torch.stack([theirs.base_model.tinylora_v["default"][str(g)].grad for g in range(len(adapter.v))])
+    assert truth.v.grad.dtype == torch.float64 and dv.dtype == adapter.v.grad.dtype == torch.float32
+    errors = [(g.double() - truth.v.grad).norm() / truth.v.grad.norm() for g in (adapter.v.grad, dv)]
+    assert errors[0] <= 1.2 * errors[1], errors
 
 
 @pytest.mark.parametrize("save_projection", [True, False])
@@ -161,7 +150,7 @@ def test_what_we_write_gives_peft_our_logits(
     ours = logits(model)
     assert peft_format.write(tmp_path, adapter.parts, adapter.v, adapter.base) == kept
     theirs = PeftModel.from_pretrained(foreign_model(kind, dtype), str(tmp_path))
-    assert (logits(theirs) - ours).abs().max() <= (LIMIT if dtype == torch.float32 else 0.06 * ours.abs().max())
+    assert (logits(theirs) - ours).abs().max() <= LIMIT
     assert sum(p.numel() for n, p in theirs.named_parameters() if "tinylora_v" in n) == (
         adapter.num_parameters if kept else 3 * len(adapter.parts.factors)
     )

@@ -28,6 +28,12 @@ from tinylora.model.loader import content_hash
 CHILD = "tinylora"  # the name of the adapter among the model's submodules
 
 
+def _moved(fn: Callable[[Tensor], Tensor], t: Tensor) -> tuple[torch.device, torch.dtype]:
+    """Where fn moves t, and to what: an adapter follows its model to other devices and to float64, never to half precision."""
+    probe = fn(t.new_empty(1))
+    return probe.device, torch.promote_types(probe.dtype, torch.float32)
+
+
 class _TinyLoRA(nn.Module):
     """What an adapted module does: its own map plus B M A, in one frozen linear with gradients for x and M."""
 
@@ -35,7 +41,7 @@ class _TinyLoRA(nn.Module):
     bias: Any
     _adapter: "AttachedAdapter"
     _place: int  # among the adapted modules
-    _A: Tensor  # (r, K), of the weight's dtype
+    _A: Tensor  # (r, K), float32, or of the weight's dtype where that is wider
     _Bt: Tensor  # (r, N)
     _transposed = False  # whether the weight is (K, N), as in GPT-2
 
@@ -55,7 +61,8 @@ class _TinyLoRA(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_TinyLoRA":
         super()._apply(fn, recurse)
-        self._A, self._Bt = fn(self._A), fn(self._Bt)  # no buffers: DDP would send them round at every step
+        wanted = _moved(fn, self._A)
+        self._A, self._Bt = self._A.to(*wanted), self._Bt.to(*wanted)  # no buffers: DDP would send them round at every step
         return self
 
 
@@ -137,11 +144,9 @@ class _Named(nn.Module):
         self.group = torch.tensor([self.parts.group_of.get(m, 0) for m in modules], device=self.v.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Named":
-        """v and P follow the model to other devices and to float64, never to half precision."""
-        probe = fn(self.P.new_empty(1))
-        wanted = (probe.device, torch.promote_types(probe.dtype, torch.float32))
+        wanted = _moved(fn, self.P)
         super()._apply(lambda t: t.to(*wanted), recurse)
-        self.P, self.group = self.P.to(*wanted), self.group.to(probe.device)
+        self.P, self.group = self.P.to(*wanted), self.group.to(wanted[0])
         return self
 
 
@@ -224,7 +229,8 @@ class AttachedAdapter(nn.Module):
         wanted = {name: _linear(self.model, name) for name in parts.factors if name not in self.module_names}
         for module_name, module in wanted.items():
             module.__class__ = _adapted_class(type(module))
-            A, B = (f.to(module.weight.device, module.weight.dtype) for f in parts.factors[module_name])
+            dtype = torch.promote_types(module.weight.dtype, torch.float32)  # as PEFT keeps them
+            A, B = (f.to(module.weight.device, dtype) for f in parts.factors[module_name])
             # plain attributes: a module assigned the usual way would become a child
             module.__dict__.update(_adapter=self, _place=len(self.module_names), _A=A.contiguous(), _Bt=B.T.contiguous())
             self.module_names.append(module_name)

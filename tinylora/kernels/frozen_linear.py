@@ -15,6 +15,7 @@ rows came with it, because MKL picks the same inner kernel for all of them.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from torch import Tensor
 from tinylora.kernels import dispatch
 from tinylora.kernels.correction import Correction, padded_width, row_stride
 from tinylora.kernels.fused_linear import fused_linear
-from tinylora.kernels.shrink import shrink
+from tinylora.kernels.shrink import shrink, shrink_ref
 
 NARROW = 8  # rows and narrow columns of every CPU GEMM are multiples of this
 SPARE = 24  # rank that a buffer has room for from the start: three segments of rank 8
@@ -143,8 +144,19 @@ def two_products(x: Tensor, z: Tensor | None, weight: Tensor, Bt: Tensor | None,
     return torch.mm(x, weight.T, out=y) if bias is None else torch.addmm(bias, x, weight.T, out=y)
 
 
+def _shrunk(x: Tensor, weight: Tensor, c: Correction) -> Tensor:
+    """z (T, R) in x's dtype; in the factors' where they are wider than the weight, as fp32 ones are on a bf16 base."""
+    if c.A.itemsize > weight.itemsize:
+        return shrink_ref(x.to(c.A.dtype), c)
+    return shrink(x, replace(c, A=c.A.to(x.dtype)))
+
+
 def _product(x: Tensor, z: Tensor, weight: Tensor, Bt: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + z B^T + bias for weight (N, K) or the transpose of a (K, N)."""
+    """x W^T + z B^T + bias for weight (N, K) or the transpose of a (K, N). Where z is wider than x, its product is computed and
+    added in z's precision, and the sum rounded once: op for op what PEFT does, and its bits."""
+    weight, Bt, bias = weight.to(x.dtype), Bt.to(z.dtype), None if bias is None else bias.to(x.dtype)
+    if z.dtype != x.dtype:
+        return F.linear(x, weight, bias).add_(z @ Bt)
     kind, y = dispatch.backend(x.device.type), x.new_empty(len(x), len(weight))
     if kind == "reference":
         return F.linear(x, weight, bias) + z @ Bt
@@ -158,10 +170,8 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bt: Tensor, M: Tensor, row_adapter: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):  # M stays in its own precision; x comes in the one wanted
-        weight, A, Bt = weight.to(x.dtype), A.to(x.dtype), Bt.to(x.dtype)
-        bias = None if bias is None else bias.to(x.dtype)
         t = M.new_empty(len(x), len(A))  # (T, R)
-        z = shrink(x, Correction(A, Bt, M, row_adapter, t))
+        z = _shrunk(x, weight, Correction(A, Bt, M, row_adapter, t))
         return _product(x, z, weight, Bt, bias), t
 
 
@@ -170,9 +180,8 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor]:
     """dx (T, K), where it is wanted, and dM."""
     with torch.autocast(dy.device.type, enabled=False):
-        dy, weight, A, Bt = dy.contiguous(), weight.to(dy.dtype), A.to(dy.dtype), Bt.to(dy.dtype)
-        s = torch.empty_like(t)  # (T, R)
-        sM = shrink(dy, Correction(Bt, A, M.transpose(-1, -2), row_adapter, s))
+        dy, s = dy.contiguous(), torch.empty_like(t)  # (T, R)
+        sM = _shrunk(dy, weight, Correction(Bt, A, M.transpose(-1, -2), row_adapter, s))
         return _product(dy, sM, weight.T, A, None) if wants_dx else None, reduce_dM(s, t, M, row_adapter)
 
 
@@ -255,7 +264,8 @@ def frozen_linear(
 ) -> Tensor:  # (T, N)
     """y = x W^T + bias + (M x A^T) B^T, with gradients for x and M. Saves t and the constants, not x.
 
-    Constants of another dtype than x's are cast as they are used, and y is of x's: what autocast asks for.
+    Constants of another dtype than x's are cast as they are used, and y is of x's: what autocast asks for. Factors wider than
+    the weight are not: the correction then runs in their dtype, and is added to the rounded x W^T + bias. So PEFT computes it.
     """
     rows = len(x)
     if pad:
