@@ -353,7 +353,7 @@ def test_gpu_stages_outlive_each_other_and_keep_to_the_time(tmp_path: Path) -> N
 def test_layers_bench_steps_all_contenders_alike(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Two layers of the tiny model: the bench's own checks pass (equal losses, equally many trained numbers), and its result
     has a table."""
-    layers.main(["--model", "tiny", "--layers", "2", "--tokens", "16", "--rounds", "1", "--json", str(tmp_path / "r.json")])
+    layers.main(["--model", "tiny", "--layers", "2", "--tokens", "16", "--rounds", "3", "--json", str(tmp_path / "r.json")])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads((tmp_path / "r.json").read_text())
     assert list(result["contenders"]) == ["bare", "attached", "PEFT"]
