@@ -19,7 +19,7 @@ from tinylora.model.decoder import Decoder, KVCache, Matrices
 from tinylora.rl.scheduler import Running, Scheduler
 from tinylora.rl.slots import Sampling, Slots, buckets
 
-CACHE_BYTES = {"cpu": 4 << 30, "cuda": 24 << 30, "meta": 24 << 30}  # of keys and values, unless the caller says
+CACHE_BYTES = {"cpu": 4 << 30, "cuda": 24 << 30}  # of keys and values, unless the caller says
 MOST_SLOTS = {"cpu": 2048, "cuda": 256}  # beyond these a step's time grows as fast as its tokens
 PAGE = 64  # positions in a page on a GPU
 BURST = {"cpu": 1, "cuda": 8}  # steps between two looks of the host
@@ -250,8 +250,6 @@ class _Rollout:
         for g, pages in by_group.items():
             if g in self.prompt_rows:
                 self.cache.write_prompt(*self.prompt_rows[g], [], pages)
-            if s.groups[g].pages is None:  # nothing of it waits
-                self.prompt_rows.pop(g, None)
         live = [r for r in running if r is not None]
         rows = [self.free_rows.pop() for _ in live]
         self.row_of.update((r.sequence, row) for r, row in zip(live, rows, strict=True))
