@@ -4,13 +4,12 @@ It has no backward of its own: the linear that reads the same x adds its part, (
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tinylora.kernels import dispatch
-from tinylora.kernels.correction import Correction, add_shrunk, arguments, row_config, store_mixed
+from tinylora.kernels.correction import Correction, add_shrunk, arguments, narrow_product, row_config, store_mixed
 from tinylora.kernels.launch import launch
 
 BUDGET = {"_shrink": (64, 8192)}  # kernel: registers a thread, bytes of shared memory
@@ -18,7 +17,7 @@ BUDGET = {"_shrink": (64, 8192)}  # kernel: registers a thread, bytes of shared 
 
 def shrink_ref(x: Tensor, c: Correction) -> Tensor:
     """Plain PyTorch."""
-    t = F.linear(x, c.A)  # (T, R)
+    t = narrow_product(x, c.A)  # (T, R)
     if c.t is not None:
         c.t.copy_(t)
     return c.mix(t)
