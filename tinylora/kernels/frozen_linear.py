@@ -167,12 +167,12 @@ def _product(x: Tensor, z: Tensor, weight: Tensor, Bt: Tensor, bias: Tensor | No
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bt: Tensor, M: Tensor, row_adapter: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bt: Tensor, M: Tensor, row_adapter: Tensor | None, t: Tensor | None
+) -> Tensor:
+    """y (T, N). t (T, R) is filled for the backward; None where there will be none."""
     with torch.autocast(x.device.type, enabled=False):  # M stays in its own precision; x comes in the one wanted
-        t = M.new_empty(len(x), len(A))  # (T, R)
         z = _shrunk(x, weight, Correction(A, Bt, M, row_adapter, t))
-        return _product(x, z, weight, Bt, bias), t
+        return _product(x, z, weight, Bt, bias)
 
 
 def _backward(
@@ -188,7 +188,8 @@ def _backward(
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, M, weight, bias, A, Bt, row_adapter):  # type: ignore[no-untyped-def]
-        y, t = _forward(x, weight, bias, A, Bt, M, row_adapter)
+        t = M.new_empty(len(x), len(A))  # (T, R)
+        y = _forward(x, weight, bias, A, Bt, M, row_adapter, t)
         ctx.save_for_backward(t, M, weight, A, Bt, row_adapter)
         return y
 
@@ -206,7 +207,8 @@ class _FrozenLinear(torch.autograd.Function):
 def _op(
     x: Tensor, M: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bt: Tensor, row_adapter: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return _forward(x, weight, bias, A, Bt, M, row_adapter)
+    t = M.new_empty(len(x), len(A))  # (T, R)
+    return _forward(x, weight, bias, A, Bt, M, row_adapter, t), t
 
 
 @_op.register_fake
@@ -280,5 +282,5 @@ def frozen_linear(
     elif torch.is_grad_enabled() and (x.requires_grad or M.requires_grad):
         y = _FrozenLinear.apply(x, M, weight, bias, A, Bt, row_adapter)
     else:
-        y, _ = _forward(x, weight, bias, A, Bt, M, row_adapter)
+        y = _forward(x, weight, bias, A, Bt, M, row_adapter, None)
     return y if len(y) == rows else y[:rows]  # a slice's backward would copy dy
