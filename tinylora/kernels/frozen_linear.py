@@ -167,7 +167,14 @@ def _product(x: Tensor, z: Tensor, weight: Tensor, Bt: Tensor, bias: Tensor | No
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, Bt: Tensor, M: Tensor, row_adapter: Tensor | None, t: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    Bt: Tensor,
+    M: Tensor,
+    row_adapter: Tensor | None,
+    t: Tensor | None,
 ) -> Tensor:
     """y (T, N). t (T, R) is filled for the backward; None where there will be none."""
     with torch.autocast(x.device.type, enabled=False):  # M stays in its own precision; x comes in the one wanted

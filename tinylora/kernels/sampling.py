@@ -23,9 +23,10 @@ from tinylora.kernels.token_logprobs import log_softmax_at
 BUDGET = {"_tile_sums": (96, 1024), "_pick": (128, 32_768)}  # kernel: registers a thread, bytes of shared memory
 
 
-def uniforms(seed: int, sequences: Tensor, positions: int) -> Tensor:
-    """One uniform for each position of each sequence: sequences (T,) int64 -> (T, positions) float64."""
-    return prng.uniform(prng.fold(seed, sequences[:, None], torch.arange(positions, device=sequences.device)))
+def uniforms(seed: int | Tensor, sequences: Tensor, positions: int) -> Tensor:
+    """One uniform for each position of each sequence: sequences (T,) int64 -> (T, positions) float64. One seed, or (T,)."""
+    key = seed[:, None] if isinstance(seed, Tensor) else seed
+    return prng.uniform(prng.fold(key, sequences[:, None], torch.arange(positions, device=sequences.device)))
 
 
 def sample_ref(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tensor) -> tuple[Tensor, Tensor]:

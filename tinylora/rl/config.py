@@ -67,6 +67,11 @@ class TrainConfig:
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision v is used and stored in; the optimizer's copy is float32."""
 
+    algorithm: Literal["grpo", "es"] = "grpo"
+    """grpo: by the gradient of the sampled tokens. es: evolution strategies; every completion is decoded greedily under its own
+    perturbation of v, and there is no backward pass."""
+    sigma: float = 0.02
+    """Standard deviation of ES's perturbations of v."""
     learning_rate: float = 2e-4
     """Adam's. 2e-4 suits 13 numbers on a 7B model; scale as 1/sqrt(u). (TRL's 1e-6 would not move v.)"""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
@@ -172,6 +177,14 @@ class TrainConfig:
             raise InputError(f"--microbatch-tokens {self.microbatch_tokens}: it must be at least 1")
         if self.num_generations < 2:
             raise InputError(f"--num-generations {self.num_generations}: an advantage needs at least 2 completions a prompt")
+        if self.algorithm == "es" and self.num_generations % 2:
+            raise InputError(
+                f"--num-generations {self.num_generations}: --algorithm es perturbs in pairs and needs an even number"
+            )
+        if self.algorithm == "es" and self.beta > 0:
+            raise InputError("--beta: --algorithm es has no log-probs to hold to the base's; leave it out")
+        if self.sigma <= 0:
+            raise InputError(f"--sigma {self.sigma}: it must be positive")
         if self.temperature <= 0:
             raise InputError(f"--temperature {self.temperature}: training samples, so it must be positive")
         if not 0 < self.top_p <= 1:

@@ -1,4 +1,4 @@
-"""The GRPO loop: one step is rollout, reward, advantage, update, then checkpoint and metrics row.
+"""The loop: one step is rollout, reward, advantage, update (GRPO) or climb (ES), then checkpoint and metrics row.
 
 Every random choice is a function of the seed and a counter (step, sequence, position), so there is no generator state to
 save, and a resumed run repeats the uninterrupted one bit for bit.
@@ -9,7 +9,9 @@ import json
 import math
 import signal
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -28,6 +30,7 @@ from tinylora.model.decoder import Matrices
 from tinylora.rl.advantages import compute_advantages
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.consistency import fix_capacity, require_same_policy
+from tinylora.rl.es import estimate_gradient, perturbations
 from tinylora.rl.evaluation import Scores, evaluate
 from tinylora.rl.grader_pool import GraderPool
 from tinylora.rl.grading import Verdict
@@ -38,6 +41,26 @@ from tinylora.rl.run_directory import V_IN_METRICS, RunDirectory
 from tinylora.rl.tasks import Row, load_task
 from tinylora.rl.text import Text, fitting_rows
 from tinylora.rl.update import Batch, update
+
+
+@dataclass
+class Request:
+    """A step's rollout, as it is asked for, and what is known of its answers."""
+
+    order: list[int]  # of the prompts: numbers of training rows
+    rows: list[Row]
+    prompts: Sequence[Sequence[int]]  # with `generations` completions each
+    generations: int
+    matrices: Matrices
+    row_adapter: list[int] | None  # of each prompt
+    sampling: Sampling
+    first_sequence: int
+    expected: Sequence[float]  # completion length of each prompt
+    noise: Tensor | None  # of ES: (completions, groups, u)
+    began: float = field(default_factory=time.perf_counter)
+    answers: dict[int, str] = field(default_factory=dict)  # by completion
+    verdicts: dict[int, Future[Verdict]] = field(default_factory=dict)
+
 
 ORDER_STREAM = 0x0D3  # names the stream of the prompts' order
 VALIDATION = "validation/accuracy"
@@ -114,9 +137,7 @@ class Trainer:
             progress = tqdm(total=self.max_steps, initial=self.step, desc="train", unit="step", dynamic_ncols=True)
             while self.step < self.max_steps and not self.stop:
                 row = self._train_step()
-                if self.step % self.config.save_steps == 0 or self.step == self.max_steps or self.stop:
-                    self._save_checkpoint(row)
-                self.run_directory.append(row)
+                self.keep(row)
                 if self.step % self.config.logging_steps == 0:
                     progress.set_postfix_str(_progress_line(row))
                 progress.update()
@@ -131,6 +152,12 @@ class Trainer:
         self.adapter.save(self.run_directory.path / "adapter")
         return self.step == self.max_steps
 
+    def keep(self, row: Row) -> None:
+        """Put a step's metrics row, and where one is due its checkpoint, on disk."""
+        if self.step % self.config.save_steps == 0 or self.step == self.max_steps or self.stop:
+            self._save_checkpoint(row)
+        self.run_directory.append(row)
+
     def steps_since_gradient(self) -> int:
         """How many of the last steps in a row had only dead groups."""
         steps = [r for r in self.run_directory.rows if "reward" in r]
@@ -143,70 +170,83 @@ class Trainer:
         tqdm.write("finishing this step; Ctrl-C again to drop it")
 
     def _train_step(self) -> Row:
-        c, began = self.config, time.perf_counter()
+        r = self.request()
+        completions = rollout(
+            self.model,
+            r.matrices,
+            r.prompts,
+            r.generations,
+            r.sampling,
+            r.first_sequence,
+            r.row_adapter,
+            cache_bytes=self.plan.cache,
+            expected=r.expected,
+            on_completion=self.early_grading(r),
+        )
+        return self.learn(r, completions)
+
+    def request(self) -> Request:
+        """The rollout of the next step."""
+        c = self.config
         order = self._prompt_order()
         rows = [self.train_rows[i] for i in order]
         prompts = [self.text.prompt(row["prompt"]) for row in rows]
+        expected = [self.expected.get(i, c.max_completion_length) for i in order]  # what is new may be long
+        count, v, noise, row_adapter, generations = len(prompts) * c.num_generations, None, None, None, c.num_generations
+        if c.algorithm == "es":  # every completion has an adapter of its own, so its prompt's keys and values are its own too
+            noise = perturbations(self.adapter.v, count, c.seed, self.step)
+            v, row_adapter = self.adapter.v + c.sigma * noise, list(range(count))
+            prompts = [p for p in prompts for _ in range(c.num_generations)]
+            expected = [e for e in expected for _ in range(c.num_generations)]
+            generations = 1
         with torch.no_grad():
-            matrices = self.adapter.matrices()
-        count = len(prompts) * c.num_generations
-        answers: dict[int, str] = {}
-        verdicts: dict[int, Future[Verdict]] = {}
-
-        def take(i: int, completion: Completion) -> None:
-            answers[i] = self.text.decode(completion.tokens)
-            if self.grader is not None:
-                verdicts[i] = self.grader.submit(answers[i], rows[i // c.num_generations])
-
-        early = take if self.grader is not None and self.grader.pool is not None else None  # grading overlaps generation
-        completions = rollout(
-            self.model,
-            matrices,
-            prompts,
-            c.num_generations,
-            self._sampling(),
-            self.step * count,
-            cache_bytes=self.plan.cache,
-            expected=[self.expected.get(i, c.max_completion_length) for i in order],  # what is new may be long
-            on_completion=early,
+            matrices = self.adapter.matrices(v)
+        return Request(
+            order, rows, prompts, generations, matrices, row_adapter, self._sampling(), self.step * count, expected, noise
         )
-        for i, row_number in enumerate(order):
+
+    def early_grading(self, request: Request) -> Callable[[int, Completion], None] | None:
+        """What to call as completions end, where grading has processes of its own and overlaps generation."""
+        if self.grader is None or self.grader.pool is None:
+            return None
+        return lambda i, completion: self._take(request, i, completion)
+
+    def _take(self, request: Request, i: int, completion: Completion) -> None:
+        request.answers[i] = self.text.decode(completion.tokens)
+        if self.grader is not None:
+            request.verdicts[i] = self.grader.submit(request.answers[i], request.rows[i // self.config.num_generations])
+
+    def learn(self, request: Request, completions: list[Completion]) -> Row:
+        """The rest of a step: rewards, advantages, update. Returns its metrics row."""
+        c, rows, rolled_out = self.config, request.rows, time.perf_counter()
+        count = len(completions)
+        for i, row_number in enumerate(request.order):
             own = completions[i * c.num_generations : (i + 1) * c.num_generations]
             self.expected[row_number] = sum(len(x.tokens) for x in own) / len(own)
-        rolled_out = time.perf_counter()
-
         for i, completion in enumerate(completions):
-            if i not in answers:
-                take(i, completion)
+            if i not in request.answers:
+                self._take(request, i, completion)
         extra: dict[str, float] = {}
-        graded = [verdicts[i].result() for i in range(count)] if verdicts else []
-        rewards = self._rewards(rows, completions, [answers[i] for i in range(count)], graded, extra)
+        graded = [request.verdicts[i].result() for i in range(count)] if request.verdicts else []
+        rewards = self._rewards(rows, completions, [request.answers[i] for i in range(count)], graded, extra)
         advantages = compute_advantages(rewards, c.num_generations, c.scale_rewards)
         rewarded = time.perf_counter()
 
         learning_rate = c.learning_rate * self._schedule(self.step)
         self.optimizer.param_groups[0]["lr"] = learning_rate
-        batch = Batch([p for p in prompts for _ in range(c.num_generations)], completions, advantages)
-        for iteration in range(c.num_iterations):
-            self.optimizer.zero_grad(set_to_none=True)
-            metrics = update(self.adapter, batch, c, self.plan)
-            gradient = self.adapter.v.grad
-            assert gradient is not None
-            if not gradient.isfinite().all():
-                raise InputError(f"step {self.step + 1}: the gradient of v is not finite; lower --learning-rate")
-            if iteration == 0:
-                first, grad_norm = metrics, gradient.norm().item()
-                mean, largest = (metrics[f"sampling/sampling_logp_difference/{x}"] for x in ("mean", "max"))
-                require_same_policy(mean, largest, self.model.dtype, c.exact, self.step + 1)
-            if c.max_grad_norm > 0:
-                torch.nn.utils.clip_grad_norm_([self.adapter.v], c.max_grad_norm)
-            self.optimizer.step()
+        prompts = [p for p in request.prompts for _ in range(request.generations)]
+        first: dict[str, float | None]
+        if request.noise is not None:
+            self.adapter.v.grad = estimate_gradient(request.noise, advantages.values, c.sigma)
+            first, grad_norm = {}, self._optimize()
+        else:
+            first, grad_norm = self._descend(Batch(prompts, completions, advantages))
         self.step += 1
         ended = time.perf_counter()
 
         lengths = torch.tensor([float(len(x.tokens)) for x in completions])
         finished = torch.tensor([x.finished for x in completions])
-        tokens = int(lengths.sum()) + sum(map(len, prompts)) * c.num_generations
+        tokens = int(lengths.sum()) + sum(map(len, prompts))
         self.num_tokens += tokens
         v = self.adapter.stored_v().detach()
         if v.numel() > V_IN_METRICS:
@@ -233,17 +273,44 @@ class Trainer:
             **extra,
             "adapter/norm": v.norm().item(),
             **({"adapter/v": v.flatten().tolist()} if v.numel() <= V_IN_METRICS else {}),
-            "step_time": ended - began,
-            "rollout_time": rolled_out - began,
+            "step_time": ended - request.began,
+            "rollout_time": rolled_out - request.began,
             "reward_time": rewarded - rolled_out,
             "update_time": ended - rewarded,
-            "tokens_per_second": tokens / (ended - began),
-            "rollout_tokens_per_second": lengths.sum().item() / (rolled_out - began),
+            "tokens_per_second": tokens / (ended - request.began),
+            "rollout_tokens_per_second": lengths.sum().item() / (rolled_out - request.began),
         }
+
+    def _descend(self, batch: Batch) -> tuple[dict[str, float | None], float]:
+        """GRPO's optimizer steps on a batch: the metrics of the first, and its gradient's norm."""
+        c = self.config
+        for iteration in range(c.num_iterations):
+            self.optimizer.zero_grad(set_to_none=True)
+            metrics = update(self.adapter, batch, c, self.plan)
+            if iteration == 0:
+                mean, largest = (metrics[f"sampling/sampling_logp_difference/{x}"] for x in ("mean", "max"))
+                require_same_policy(mean, largest, self.model.dtype, c.exact, self.step + 1)
+            norm = self._optimize()
+            if iteration == 0:
+                first, grad_norm = metrics, norm
+        return first, grad_norm
+
+    def _optimize(self) -> float:
+        """One step of the optimizer; returns the gradient's norm, before it is clipped. InputError where it is not finite."""
+        gradient = self.adapter.v.grad
+        assert gradient is not None
+        if not gradient.isfinite().all():
+            raise InputError(f"step {self.step + 1}: the gradient of v is not finite; lower --learning-rate")
+        norm = gradient.norm().item()
+        if self.config.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_([self.adapter.v], self.config.max_grad_norm)
+        self.optimizer.step()
+        return norm
 
     def _sampling(self) -> Sampling:
         c = self.config
-        return Sampling(c.max_completion_length, c.temperature, c.top_p, c.top_k, c.seed, self.text.eos_ids)
+        temperature = 0.0 if c.algorithm == "es" else c.temperature
+        return Sampling(c.max_completion_length, temperature, c.top_p, c.top_k, c.seed, self.text.eos_ids)
 
     def _prompt_order(self) -> list[int]:
         """This step's prompts: the next of the epoch's permutation."""
