@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
     print(describe(trainer), trainer.plan, sep="\n", flush=True)
     finished = trainer.train()
     path = trainer.run_directory.path
-    if not finished and 0 < trainer.config.dead_steps <= trainer.steps_since_gradient():
+    if not finished and trainer.dead:
         good = trainer.step - trainer.steps_since_gradient()
         again = f"python -m tinylora.evaluate --adapter {path} --adapter-step {good}"
         print(

@@ -26,7 +26,7 @@ from tinylora.adapter import Adapter, base_hash
 from tinylora.errors import InputError
 from tinylora.files import write_text
 from tinylora.model import load_model
-from tinylora.model.decoder import Matrices
+from tinylora.model.decoder import Decoder, Matrices
 from tinylora.rl.advantages import compute_advantages
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.consistency import fix_capacity, require_same_policy
@@ -69,12 +69,13 @@ VALIDATION = "validation/accuracy"
 class Trainer:
     """Everything a run holds. Construction loads and checks all inputs; only then is anything written."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, model: Decoder | None = None) -> None:
+        """`model` is the config's, where several runs share it."""
         self.config = config
         own = config.reward not in (None, *CONTROLS)
         self.reward = load_reward(config.reward or "") if own else None
         self.reward_name = getattr(self.reward, "__name__", "reward") if own else (config.reward or "accuracy")
-        self.model = load_model(config.model, config.device, config.dtype)
+        self.model = model or load_model(config.model, config.device, config.dtype)
         self.text = Text(self.model.path)
         task = load_task(config.dataset, config.data, config.prompt_style, needs_answers=not own)
         for note in task.notes:
@@ -133,7 +134,7 @@ class Trainer:
         """Run to the end; returns False where Ctrl-C ended it early, after a whole step. A second Ctrl-C interrupts."""
         before = signal.signal(signal.SIGINT, self._interrupt)
         try:
-            self._evaluate_if_due()
+            self.evaluate_if_due()
             progress = tqdm(total=self.max_steps, initial=self.step, desc="train", unit="step", dynamic_ncols=True)
             while self.step < self.max_steps and not self.stop:
                 row = self._train_step()
@@ -141,16 +142,27 @@ class Trainer:
                 if self.step % self.config.logging_steps == 0:
                     progress.set_postfix_str(_progress_line(row))
                 progress.update()
-                self._evaluate_if_due()
-                if self.config.dead_steps and self.steps_since_gradient() >= self.config.dead_steps:
+                self.evaluate_if_due()
+                if self.dead:
                     break
             progress.close()
         finally:
             signal.signal(signal.SIGINT, before)
             if self.grader is not None:
                 self.grader.close()
-        self.adapter.save(self.run_directory.path / "adapter")
+        self.finish()
         return self.step == self.max_steps
+
+    def finish(self) -> None:
+        """Save the adapter, and end the grading processes."""
+        if self.grader is not None:
+            self.grader.close()
+        self.adapter.save(self.run_directory.path / "adapter")
+
+    @property
+    def dead(self) -> bool:
+        """Whether --dead-steps says to stop."""
+        return 0 < self.config.dead_steps <= self.steps_since_gradient()
 
     def keep(self, row: Row) -> None:
         """Put a step's metrics row, and where one is due its checkpoint, on disk."""
@@ -392,7 +404,7 @@ class Trainer:
         assert self.grader is not None
         return evaluate(self.model, matrices, self.text, rows, self.grader, c.extractor, c.max_completion_length, c.seed)
 
-    def _evaluate_if_due(self) -> None:
+    def evaluate_if_due(self) -> None:
         step, last = self.step, self.step in (0, self.max_steps)
         if self.validation_rows and (last or step % self.config.eval_steps == 0):
             self._validate()
