@@ -72,20 +72,19 @@ inline int row_tiles(int rows) {
 // What a plan should take. Only the order of plans matters, so the constants are round ones.
 inline double plan_ns(const Shape& s, const Device& d, const Plan& p) {
   constexpr double kLatency = 800;        // ns from asking for bytes of a busy memory to having them
-  constexpr double kBytesPerNs = 64;      // that one processor can take in
+  constexpr double kShare = 1.3;          // of the memory that one processor can take in, where 1 is its even share
   constexpr double kCacheShare = 0.35;    // time of a byte from L2, which is where x and A come from, to one from memory
   constexpr double kSecondLaunch = 2000;  // ns for the kernel that combines splits
   const int per_processor = d.shared_per_processor / (shared_bytes(p.mt, p.nt) + 1024);  // the driver keeps 1 KB of each
   const int slots = d.processors * (per_processor > 0 ? per_processor : 1);
   const int units = p.tiles * p.splits;
-  const double stage = 2.0 * kBlockK * (64 * p.mt + kCacheShare * (kRank + 8 * p.nt));
+  const double stage = 2.0 * kBlockK * (64 * p.mt + kCacheShare * (s.rank + s.rows));
   const double unit = stage * ceil_div(k_blocks(s), p.splits);
-  // So many units at once: bounded by the memory, by what they have on its way, and by the processors they are on.
+  // Of so many units at once: bounded by the memory, by what they have on its way, and by the processors they are on.
   auto rate = [&](int at_once) {
-    double most = d.bytes_per_ns, flying = at_once * stage * (kStages - 1) / kLatency;
-    double taken = kBytesPerNs * (at_once < d.processors ? at_once : d.processors);
-    most = flying < most ? flying : most;
-    return taken < most ? taken : most;
+    const double flying = at_once * stage * (kStages - 1) / kLatency, share = kShare * at_once / d.processors * d.bytes_per_ns;
+    const double most = flying < share ? flying : share;
+    return most < d.bytes_per_ns ? most : d.bytes_per_ns;
   };
   double ns = kLatency * ceil_div(units, slots);
   if (const int full = units / slots) ns += full * (slots * unit / rate(slots));
@@ -94,16 +93,24 @@ inline double plan_ns(const Shape& s, const Device& d, const Plan& p) {
   return ns;
 }
 
-// The quickest plan whose stages fit into a block's shared memory; false where none does.
+// The quickest plan whose stages fit into a block's shared memory; false where none does. Splits are those best for 16 rows,
+// whatever their number: the order of a row's sums, and so its bits, do not depend on the rows that came with it.
 inline bool make_plan(const Shape& s, const Device& d, Plan* best) {
+  Shape middle = s;
+  middle.rows = 16;
+  int splits = 1;
   double least = -1;
-  for (int mt = 1; mt <= 2; ++mt) {
-    Plan p{row_tiles(s.rows), mt, ceil_div(s.n, 64 * mt), 1};
-    if (shared_bytes(mt, p.nt) > d.shared_per_block) continue;
-    for (; p.splits <= kMaxSplits && p.splits <= k_blocks(s); ++p.splits) {
-      const double ns = plan_ns(s, d, p);
-      if (least < 0 || ns < least) least = ns, *best = p;
+  for (int mt = 1; mt <= 2; ++mt)
+    for (int i = 1; i <= kMaxSplits && i <= k_blocks(s); ++i) {
+      const double ns = plan_ns(middle, d, {row_tiles(middle.rows), mt, ceil_div(s.n, 64 * mt), i});
+      if (least < 0 || ns < least) least = ns, splits = i;
     }
+  least = -1;
+  for (int mt = 1; mt <= 2; ++mt) {
+    const Plan p{row_tiles(s.rows), mt, ceil_div(s.n, 64 * mt), splits};
+    if (shared_bytes(mt, p.nt) > d.shared_per_block) continue;
+    const double ns = plan_ns(s, d, p);
+    if (least < 0 || ns < least) least = ns, *best = p;
   }
   return least >= 0;
 }
