@@ -69,15 +69,19 @@ inline int row_tiles(int rows) {
   return nt;
 }
 
+// Blocks that run at once. The driver keeps 1 KB of shared memory for each.
+inline int slots(const Device& d, int mt, int nt) {
+  const int each = d.shared_per_processor / (shared_bytes(mt, nt) + 1024);
+  return d.processors * (each > 0 ? each : 1);
+}
+
 // What a plan should take. Only the order of plans matters, so the constants are round ones.
 inline double plan_ns(const Shape& s, const Device& d, const Plan& p) {
   constexpr double kLatency = 800;        // ns from asking for bytes of a busy memory to having them
   constexpr double kShare = 1.3;          // of the memory that one processor can take in, where 1 is its even share
   constexpr double kCacheShare = 0.35;    // time of a byte from L2, which is where x and A come from, to one from memory
   constexpr double kSecondLaunch = 2000;  // ns for the kernel that combines splits
-  const int per_processor = d.shared_per_processor / (shared_bytes(p.mt, p.nt) + 1024);  // the driver keeps 1 KB of each
-  const int slots = d.processors * (per_processor > 0 ? per_processor : 1);
-  const int units = p.tiles * p.splits;
+  const int units = p.tiles * p.splits, wave = slots(d, p.mt, p.nt);
   const double stage = 2.0 * kBlockK * (64 * p.mt + kCacheShare * (s.rank + s.rows));
   const double unit = stage * ceil_div(k_blocks(s), p.splits);
   // Of so many units at once: bounded by the memory, by what they have on its way, and by the processors they are on.
@@ -86,23 +90,26 @@ inline double plan_ns(const Shape& s, const Device& d, const Plan& p) {
     const double most = flying < share ? flying : share;
     return most < d.bytes_per_ns ? most : d.bytes_per_ns;
   };
-  double ns = kLatency * ceil_div(units, slots);
-  if (const int full = units / slots) ns += full * (slots * unit / rate(slots));
-  if (const int rest = units % slots) ns += rest * unit / rate(rest);
+  double ns = kLatency * ceil_div(units, wave);
+  if (const int full = units / wave) ns += full * (wave * unit / rate(wave));
+  if (const int rest = units % wave) ns += rest * unit / rate(rest);
   if (p.splits > 1) ns += kSecondLaunch + kCacheShare * 8.0 * p.splits * s.rows * s.n / d.bytes_per_ns;  // written and read
   return ns;
 }
 
-// The quickest plan whose stages fit into a block's shared memory; false where none does. Splits are those best for 16 rows,
-// whatever their number: the order of a row's sums, and so its bits, do not depend on the rows that came with it.
+// The quickest plan whose stages fit into a block's shared memory; false where none does. K is split only where W's tiles do
+// not fill the chip, and as is best for 16 rows, whatever their number: the order of a row's sums, and so its bits, do not
+// depend on the rows that came with it.
 inline bool make_plan(const Shape& s, const Device& d, Plan* best) {
   Shape middle = s;
   middle.rows = 16;
+  const int nt = row_tiles(middle.rows);
   int splits = 1;
   double least = -1;
   for (int mt = 1; mt <= 2; ++mt)
-    for (int i = 1; i <= kMaxSplits && i <= k_blocks(s); ++i) {
-      const double ns = plan_ns(middle, d, {row_tiles(middle.rows), mt, ceil_div(s.n, 64 * mt), i});
+    for (int i = 1, tiles = ceil_div(s.n, 64 * mt); i <= kMaxSplits && i <= k_blocks(s); ++i) {
+      if (i > 1 && tiles >= slots(d, mt, nt)) break;
+      const double ns = plan_ns(middle, d, {nt, mt, tiles, i});
       if (least < 0 || ns < least) least = ns, splits = i;
     }
   least = -1;
