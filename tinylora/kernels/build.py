@@ -150,7 +150,9 @@ def _compile(command: list[str], version: str, path: Path) -> None:
         if done.returncode or not partial.exists():
             kept = path.with_suffix(".log")
             write_text(kept, log)
-            first = next((line for line in log.splitlines() if "error" in line or "fatal" in line), f"exit status {done.returncode}")
+            first = next(
+                (line for line in log.splitlines() if "error" in line or "fatal" in line), f"exit status {done.returncode}"
+            )
             raise BuildError(f"nvcc failed: {first.strip()[:200]} (all of it: {kept})")
         kernels, seconds = resources(log), time.monotonic() - began
         digest = hashlib.sha256(partial.read_bytes()).hexdigest()
