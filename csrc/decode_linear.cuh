@@ -1,7 +1,8 @@
 // The decode linear on the device: the two kernels, and which of their instances runs. Torch-free.
 //
 // Streams W once for 1 to 64 rows. It has been compiled and read, and its arithmetic has been checked on a host; it has never
-// run on a GPU. Budget of a block: 168 registers a thread, 106,496 bytes of shared memory, nothing in local memory.
+// run on a GPU. Budget: two blocks to a processor, so 255 registers a thread and 116,000 bytes of shared memory a block (the
+// registers of each instance are in tinylora/kernels/decode_linear.py), and nothing in local memory.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -114,6 +115,8 @@ struct Machine {
     }
   }
 };
+
+static_assert(2 * shared_bytes(2, 8) <= 232448, "two blocks do not fit into Hopper's shared memory");
 
 template <class E, int NT, int MT>
 __global__ void __launch_bounds__(kThreads, 2) decode_linear(const __grid_constant__ Problem<E> p) {

@@ -57,7 +57,9 @@ TL_HD constexpr int x_begin(int mt) { return 64 * mt + kRank; }
 TL_HD constexpr int stage_rows(int mt, int nt) { return 64 * mt + kRank + 8 * nt; }
 TL_HD constexpr int shared_bytes(int mt, int nt) { return kStages * stage_rows(mt, nt) * kBlockK * 2; }
 
-// Splits share the blocks of K as evenly as they can: split s takes [split_begin(s), split_begin(s + 1)), never empty.
+TL_HD int weight_tiles(const Shape& s, int mt) { return ceil_div(s.n, 64 * mt); }
+
+// Splits share the blocks of K as evenly as they can: split i takes [split_begin(i), split_begin(i + 1)), never empty.
 TL_HD int k_blocks(const Shape& s) { return ceil_div(s.k, kBlockK); }
 TL_HD int split_begin(const Shape& s, int splits, int split) {
   return static_cast<int>(static_cast<long long>(k_blocks(s)) * split / splits);
@@ -107,14 +109,14 @@ inline bool make_plan(const Shape& s, const Device& d, Plan* best) {
   int splits = 1;
   double least = -1;
   for (int mt = 1; mt <= 2; ++mt)
-    for (int i = 1, tiles = ceil_div(s.n, 64 * mt); i <= kMaxSplits && i <= k_blocks(s); ++i) {
+    for (int i = 1, tiles = weight_tiles(s, mt); i <= kMaxSplits && i <= k_blocks(s); ++i) {
       if (i > 1 && tiles >= slots(d, mt, nt)) break;
       const double ns = plan_ns(middle, d, {nt, mt, tiles, i});
       if (least < 0 || ns < least) least = ns, splits = i;
     }
   least = -1;
   for (int mt = 1; mt <= 2; ++mt) {
-    const Plan p{row_tiles(s.rows), mt, ceil_div(s.n, 64 * mt), splits};
+    const Plan p{row_tiles(s.rows), mt, weight_tiles(s, mt), splits};
     if (shared_bytes(mt, p.nt) > d.shared_per_block) continue;
     const double ns = plan_ns(s, d, p);
     if (least < 0 || ns < least) least = ns, *best = p;

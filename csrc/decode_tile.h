@@ -257,11 +257,13 @@ TL_HD float combine_y(const Problem<E>& p, int row, int n, const float* z) {
 // One output of the second kernel.
 template <class E>
 TL_HD void combine(const Problem<E>& p, int row, int column, const float* z) {
-  const int half = p.shape.n / 2;
+  const int columns = p.shape.swiglu ? p.shape.n / 2 : p.shape.n;
+  if (column >= columns) return;
+  const float y = combine_y(p, row, column, z);
   if (p.shape.swiglu) {
-    if (column < half) store_swiglu(p, row, column, combine_y(p, row, column, z), combine_y(p, row, column + half, z));
-  } else if (column < p.shape.n) {
-    store(p, row, column, combine_y(p, row, column, z));
+    store_swiglu(p, row, column, y, combine_y(p, row, column + columns, z));
+  } else {
+    store(p, row, column, y);
   }
 }
 

@@ -313,7 +313,10 @@ static int check_planner() {
   return classes.size();
 }
 
-int main() {
+int main(int, [[maybe_unused]] char** argv) {
+#ifdef TL_FAULTS
+  fault = std::atoi(argv[1]);  // tests/test_csrc.py has put faults into the headers, none of which is number 0
+#endif
   check_swizzle();
   check_splits();
   check_bits();

@@ -21,6 +21,7 @@ from tinylora.kernels.correction import Correction
 from tinylora.kernels.frozen_linear import FrozenLinear
 from tinylora.kernels.shrink import shrink_ref
 
+BUDGET = {"decode_linear": 208, "decode_combine": 40}  # kernel: registers a thread; shared memory: csrc/decode_linear.cuh
 MOST_ROWS = 64
 MOST_RANK = 16  # R = segments * r
 
