@@ -1,21 +1,17 @@
 """The CUDA C++ kernels without a GPU: what nvcc makes of them, their arithmetic on a host, and every way not to get them."""
 
-import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from aot import cuobjdump
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from aot import cuobjdump
-from tinylora.errors import InputError
 from tinylora.errors import InputError
 from tinylora.kernels import build, decode_linear
 
@@ -300,7 +296,9 @@ def test_sources_headers_and_cache_that_are_not_there(compiler, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("change", ["nothing", "source", "compiler", "torch", "architecture"])
-def test_it_is_compiled_once_for_what_it_depends_on(change: str, compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_compiled_once_for_what_it_depends_on(
+    change: str, compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = compiler()
     first = build.library(["sm_90a"])
     assert build.record(first)["kernels"] == [{"kernel": "_Z1kv", "arch": "sm_90a", "registers": 40, "stack": 0, "spills": 0}]
