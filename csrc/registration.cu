@@ -83,6 +83,7 @@ Tensor run(const Tensor& x, const Tensor& weight, const Optional& bias, const Op
   if (residual.has_value()) p.ldr = rows_of(*residual, "residual", rows, n);
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  cudaSetDevice(x.get_device());  // this library has a CUDA runtime of its own, and that a current device of its own
   Plan plan;
   STD_TORCH_CHECK(make_plan(p.shape, device_of(x.get_device()), &plan), "no tile fits into this GPU's shared memory");
   Tensor y = torch::stable::new_empty(x, {rows, swiglu ? n / 2 : n});

@@ -96,9 +96,9 @@ def prove(device: torch.device, checks: str = CHECKS) -> dict[str, Verdict]:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     known = _verdicts.setdefault(device, {})
-    found = {} if known else _cached_or_checked(device, checks)
+    found = {} if known else _checked(device, checks)
     if device.type == "cuda" and backend("cuda") == "cuda" and checks == CHECKS and "decode_linear" not in known:
-        found |= _compiled_and_checked(device)
+        found |= _checked(device, CUDA_CHECKS)
     known |= found
     for verdict in found.values():
         if verdict["error"] is not None:
@@ -106,13 +106,14 @@ def prove(device: torch.device, checks: str = CHECKS) -> dict[str, Verdict]:
     return known
 
 
-def _compiled_and_checked(device: torch.device) -> dict[str, Verdict]:
-    """Compiled here, not in the child, whose time is limited."""
-    try:
-        build.library([build.architecture(device)])
-    except build.BuildError as error:
-        return {"decode_linear": {"op": "decode_linear", "error": f"it was not compiled: {error}"}}
-    return _cached_or_checked(device, CUDA_CHECKS)
+def _checked(device: torch.device, checks: str) -> dict[str, Verdict]:
+    """What has to be compiled is compiled here, not in the child, whose time is limited."""
+    if checks == CUDA_CHECKS:
+        try:
+            build.library([build.architecture(device)])
+        except build.BuildError as error:
+            return {"decode_linear": {"op": "decode_linear", "error": f"it was not compiled: {error}"}}
+    return _cached_or_checked(device, checks)
 
 
 def _report(verdict: Verdict, device: torch.device) -> None:

@@ -250,9 +250,11 @@ def decode_linear_check(device: torch.device, dtype: torch.dtype, seed: int) -> 
         (20, 2 * 1000, 200, 2, 1, 0, "swiglu"),
         (5, 130, 72, 1, 8, 2, ""),
         (9, 300, 333, 0, 0, 0, ""),
-        (8, 37888, 3584, 2, 2, 0, "swiglu"),
-        (64, 3584, 18944, 1, 2, 4, "residual"),
+        (8, 20000, 256, 2, 2, 0, "swiglu"),
+        (64, 3584, 3584, 1, 2, 4, "residual"),
     ):
+        if device.type == "cpu":  # a test of this check, with the reference in the kernel's place
+            N, K = N // 8, K // 8
         bias = randn(N) if epilogue == "bias" else None
         group = FrozenLinear(randn(N, K + 64 - K % 8)[:, :K] / K**0.5, bias)
         c = dataclasses.replace(correction(randn, T, K, N, segments, r, adapters), t=None, s=None) if segments else None
