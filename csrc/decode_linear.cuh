@@ -18,9 +18,13 @@ __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 template <class E>
 __device__ __forceinline__ E from_float(float x);
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_float(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ __nv_bfloat16 from_float(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <>
-__device__ __forceinline__ __half from_float(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ __half from_float(float x) {
+  return __float2half_rn(x);
+}
 
 }  // namespace tinylora
 
@@ -47,13 +51,15 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[2], uint32_t from) 
 template <class E>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b) {
   if constexpr (std::is_same_v<E, __nv_bfloat16>) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 }
 
@@ -160,16 +166,12 @@ cudaError_t launch(const Problem<E>& p, const Plan& plan, cudaStream_t stream) {
 
 template <class E>
 cudaError_t run_decode_linear(const Problem<E>& p, const Plan& plan, cudaStream_t stream) {
-  switch (2 * plan.nt + plan.mt) {
-    case 3: return launch<E, 1, 1>(p, plan, stream);
-    case 4: return launch<E, 1, 2>(p, plan, stream);
-    case 5: return launch<E, 2, 1>(p, plan, stream);
-    case 6: return launch<E, 2, 2>(p, plan, stream);
-    case 9: return launch<E, 4, 1>(p, plan, stream);
-    case 10: return launch<E, 4, 2>(p, plan, stream);
-    case 17: return launch<E, 8, 1>(p, plan, stream);
-    case 18: return launch<E, 8, 2>(p, plan, stream);
-    default: return cudaErrorInvalidValue;
+  const bool tall = plan.mt == 2;
+  switch (plan.nt) {
+    case 1: return tall ? launch<E, 1, 2>(p, plan, stream) : launch<E, 1, 1>(p, plan, stream);
+    case 2: return tall ? launch<E, 2, 2>(p, plan, stream) : launch<E, 2, 1>(p, plan, stream);
+    case 4: return tall ? launch<E, 4, 2>(p, plan, stream) : launch<E, 4, 1>(p, plan, stream);
+    default: return tall ? launch<E, 8, 2>(p, plan, stream) : launch<E, 8, 1>(p, plan, stream);
   }
 }
 

@@ -17,9 +17,9 @@ namespace tinylora {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kStages = 4;    // of the pipeline: three blocks of K on their way while one is multiplied
-constexpr int kBlockK = 64;   // elements of K in a stage: rows of 128 bytes, which the swizzle needs
-constexpr int kChunk = 8;     // elements that one copy moves: 16 bytes
+constexpr int kStages = 4;   // of the pipeline: three blocks of K on their way while one is multiplied
+constexpr int kBlockK = 64;  // elements of K in a stage: rows of 128 bytes, which the swizzle needs
+constexpr int kChunk = 8;    // elements that one copy moves: 16 bytes
 constexpr int kChunks = kBlockK / kChunk;
 constexpr int kMaxRows = 64;  // of x
 constexpr int kRank = 16;     // most rows of A: one more m16 tile beside W's

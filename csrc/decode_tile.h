@@ -17,17 +17,17 @@ template <class E>
 struct Problem {
   Shape shape;
   int splits;
-  const E* x;               // (T, K), rows ldx apart
-  const E* weight;          // (N, K), rows ldw apart
-  const E* a;               // (R, K), rows lda apart
-  const E* bt;              // (R, N), rows ldb apart: B transposed
-  const E* bias;            // (N,) or null
-  const E* residual;        // (T, N), rows ldr apart, or null
-  const float* m;           // (adapters, segments, r, r)
-  const int64_t* adapter;   // (T,) or null: adapter 0 for all
-  E* y;                     // (T, N), or under SwiGLU (T, N / 2)
-  float* partial;           // (splits, T, N): products over one split each
-  float* shrunk;            // (splits, T, kRank): t over one split each
+  const E* x;              // (T, K), rows ldx apart
+  const E* weight;         // (N, K), rows ldw apart
+  const E* a;              // (R, K), rows lda apart
+  const E* bt;             // (R, N), rows ldb apart: B transposed
+  const E* bias;           // (N,) or null
+  const E* residual;       // (T, N), rows ldr apart, or null
+  const float* m;          // (adapters, segments, r, r)
+  const int64_t* adapter;  // (T,) or null: adapter 0 for all
+  E* y;                    // (T, N), or under SwiGLU (T, N / 2)
+  float* partial;          // (splits, T, N): products over one split each
+  float* shrunk;           // (splits, T, kRank): t over one split each
   int64_t ldx, ldw, lda, ldb, ldr;
 };
 
@@ -69,7 +69,7 @@ template <int NT, int MT, class E, class Copier>
 TL_HD void copy_block(const Problem<E>& p, int tile, int block, int thread, Copier&& copy) {
   constexpr int kStep = kThreads / kChunks;
   const int c = thread % kChunks, k = block * kBlockK + c * kChunk;
-TL_UNROLL
+  TL_UNROLL
   for (int first = 0; first < stage_rows(MT, NT); first += kStep) {
     const int row = first + thread / kChunks;
     if (first + kStep > stage_rows(MT, NT) && row >= stage_rows(MT, NT)) break;
@@ -135,17 +135,18 @@ TL_HD int64_t adapter_of(const Problem<E>& p, int row) {
 template <int NT>
 TL_HD void put_t(float* put, int thread, const float (&t)[NT][4]) {
   const int lane = thread % 32, warp = thread / 32;
-TL_UNROLL
-  for (int tile = 0; tile < NT; ++tile)
-TL_UNROLL
-    for (int c = 0; c < 4; ++c) put[(warp * kRank + acc_place(lane, c)) * 8 * NT + 8 * tile + acc_row(lane, c)] = t[tile][c];
+  TL_UNROLL
+  for (int nt = 0; nt < NT; ++nt) {
+    TL_UNROLL
+    for (int c = 0; c < 4; ++c) put[(warp * kRank + acc_place(lane, c)) * 8 * NT + 8 * nt + acc_row(lane, c)] = t[nt][c];
+  }
 }
 
 // t of one row and place: the warps in their order.
 template <int NT>
 TL_HD float get_t(const float* put, int i, int row) {
   float t = 0;
-TL_UNROLL
+  TL_UNROLL
   for (int warp = 0; warp < kWarps; ++warp) t += put[(warp * kRank + i) * 8 * NT + row];
   return t;
 }
@@ -189,30 +190,32 @@ template <int NT, int MT, class E>
 TL_HD void finish_block(const Problem<E>& p, int tile, int split, int thread, float (&acc)[MT][NT][4], const float* z) {
   const Shape& s = p.shape;
   const int lane = thread % 32, warp = thread / 32;
-TL_UNROLL
+  TL_UNROLL
   for (int mt = 0; mt < MT; ++mt) {
     const int place = (warp * MT + mt) * 16 + acc_place(lane, 0);
     int n[2];  // W's rows of accumulators 0, 1 and of 2, 3
-TL_UNROLL
+    TL_UNROLL
     for (int half = 0; half < 2; ++half) {
       n[half] = weight_row(s, MT, tile, place + 8 * half);
       if (n[half] < 0) continue;
       const float bias = p.splits == 1 ? bias_of(p, n[half]) : 0.0f;
-TL_UNROLL
-      for (int nt = 0; nt < NT; ++nt)
-TL_UNROLL
+      TL_UNROLL
+      for (int nt = 0; nt < NT; ++nt) {
+        TL_UNROLL
         for (int c = 2 * half; c < 2 * half + 2; ++c) acc[mt][nt][c] += bias;
+      }
       for (int i = 0; p.splits == 1 && i < s.rank; ++i) {
         const float b = to_float(p.bt[i * p.ldb + n[half]]);
-TL_UNROLL
-        for (int nt = 0; nt < NT; ++nt)
-TL_UNROLL
+        TL_UNROLL
+        for (int nt = 0; nt < NT; ++nt) {
+          TL_UNROLL
           for (int c = 2 * half; c < 2 * half + 2; ++c) acc[mt][nt][c] += z[i * 8 * NT + 8 * nt + acc_row(lane, c)] * b;
+        }
       }
     }
-TL_UNROLL
-    for (int nt = 0; nt < NT; ++nt)
-TL_UNROLL
+    TL_UNROLL
+    for (int nt = 0; nt < NT; ++nt) {
+      TL_UNROLL
       for (int c = 0; c < 4; ++c) {
         const int row = 8 * nt + acc_row(lane, c), column = n[c / 2];
         if (row >= s.rows || column < 0) continue;
@@ -224,6 +227,7 @@ TL_UNROLL
           store_swiglu(p, row, column, acc[mt][nt][c], acc[mt][nt][c + 2]);
         }
       }
+    }
   }
 }
 

@@ -52,8 +52,8 @@ const E* data(const Optional& x) {
 }
 
 template <class E>
-Tensor run(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& a, const Optional& bt, const Optional& m,
-           const Optional& row_adapter, const Optional& residual, bool swiglu) {
+Tensor run(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& a, const Optional& bt,
+           const Optional& m, const Optional& row_adapter, const Optional& residual, bool swiglu) {
   const int64_t rows = x.size(0), n = weight.size(0), k = weight.size(1), rank = a.has_value() ? a->size(0) : 0;
   STD_TORCH_CHECK(rows >= 1 && rows <= kMaxRows, "decode_linear takes 1 to ", kMaxRows, " rows, not ", rows);
   STD_TORCH_CHECK(k >= 1 && n >= 1 && k < (1 << 24) && n < (1 << 24), "weight is empty or beyond 2^24");

@@ -175,7 +175,7 @@ def host_test(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no g++ for the host test")
     folder = tmp_path_factory.mktemp("host")
     for name in ("plan", "tile"):
-        source = re.sub(r"//.*", "", (ROOT / "csrc" / f"decode_{name}.h").read_text())
+        source = re.sub(r"//.*", "", (build.SOURCES / f"decode_{name}.h").read_text())
         of_it = {i: (right, wrong) for i, (where, right, wrong) in enumerate(FAULTS.values(), 1) if where == name}
         assert all(source.count(right) == 1 for right, _ in of_it.values()), [
             r for r, _ in of_it.values() if source.count(r) != 1

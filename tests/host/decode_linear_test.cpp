@@ -66,9 +66,24 @@ struct Data {
     y.assign(static_cast<size_t>(s.rows) * half, NAN);
     partial.assign(static_cast<size_t>(splits) * s.rows * s.n, NAN);
     shrunk.assign(static_cast<size_t>(splits) * s.rows * kRank, NAN);
-    p = {s, splits, x.data(), w.data(), a.data(), bt.data(), c.bias ? bias.data() : nullptr,
-         c.residual ? residual.data() : nullptr, m.data(), c.adapters ? adapter.data() : nullptr, y.data(), partial.data(),
-         shrunk.data(), stride, stride, stride, wide, wide};
+    p = {s,
+         splits,
+         x.data(),
+         w.data(),
+         a.data(),
+         bt.data(),
+         c.bias ? bias.data() : nullptr,
+         c.residual ? residual.data() : nullptr,
+         m.data(),
+         c.adapters ? adapter.data() : nullptr,
+         y.data(),
+         partial.data(),
+         shrunk.data(),
+         stride,
+         stride,
+         stride,
+         wide,
+         wide};
   }
 };
 
@@ -135,7 +150,8 @@ struct Block {
     }
   }
 
-  // D (16 x 8) += A (16 x 16) B (16 x 8), with the fragments of mma.m16n8k16: a0, a1: rows 0-7, 8-15 of k 0-7; a2, a3 of k 8-15.
+  // D (16 x 8) += A (16 x 16) B (16 x 8), with the fragments of mma.m16n8k16: a0, a1: rows 0-7, 8-15 of k 0-7; a2, a3 of k
+  // 8-15.
   static void multiply_add(float (*d)[4], int stride, float (*a)[32][2], float (*b)[32][2]) {
     for (int lane = 0; lane < 32; ++lane)
       for (int c = 0; c < 4; ++c) {
@@ -151,7 +167,7 @@ struct Block {
         float a[4][32][2], b[NT + NT % 2][2][32][2];
         for (int nt = 0; nt < NT; nt += 2)
           load(stage, [&](int lane) { return n_chunk(lane, x_begin(MT) + 8 * nt, step); }, NT == 1 ? 2 : 4, b[nt]);
-        auto tile_of = [&](int row, float(*d)[4], int stride) {
+        auto tile_of = [&](int row, float (*d)[4], int stride) {
           load(stage, [&](int lane) { return m_chunk(lane, row, step); }, 4, a);
           for (int nt = 0; nt < NT; ++nt) multiply_add(d + nt, stride, a, b[nt]);
         };
@@ -184,8 +200,10 @@ static void run_blocks(const Problem<float>& p, const Plan& plan, bool late) {
 using Run = void (*)(const Problem<float>&, const Plan&, bool);
 
 static void check_case(const Case& c, const Plan& plan) {
-  const Run runs[4][2] = {{run_blocks<1, 1>, run_blocks<1, 2>}, {run_blocks<2, 1>, run_blocks<2, 2>},
-                          {run_blocks<4, 1>, run_blocks<4, 2>}, {run_blocks<8, 1>, run_blocks<8, 2>}};
+  const Run runs[4][2] = {{run_blocks<1, 1>, run_blocks<1, 2>},
+                          {run_blocks<2, 1>, run_blocks<2, 2>},
+                          {run_blocks<4, 1>, run_blocks<4, 2>},
+                          {run_blocks<8, 1>, run_blocks<8, 2>}};
   Data d(c, plan.splits);
   const int log = plan.nt == 1 ? 0 : plan.nt == 2 ? 1 : plan.nt == 4 ? 2 : 3;
   runs[log][plan.mt - 1](d.p, plan, state % 2);
@@ -199,8 +217,9 @@ static void check_case(const Case& c, const Plan& plan) {
       } else if (c.residual) {
         want += d.residual[row * d.p.ldr + n];
       }
-      CHECK(std::fabs(got - want) <= allowed, "rows %d n %d k %d rank %d r %d swiglu %d splits %d nt %d mt %d: y[%d][%d] %g not %g",
-            c.s.rows, c.s.n, c.s.k, c.s.rank, c.s.r, c.s.swiglu, plan.splits, plan.nt, plan.mt, row, n, got, want);
+      CHECK(std::fabs(got - want) <= allowed,
+            "rows %d n %d k %d rank %d r %d swiglu %d splits %d nt %d mt %d: y[%d][%d] %g not %g", c.s.rows, c.s.n, c.s.k,
+            c.s.rank, c.s.r, c.s.swiglu, plan.splits, plan.nt, plan.mt, row, n, got, want);
     }
 }
 
@@ -231,9 +250,13 @@ static int check_classes() {
       for (int epilogue = 0; epilogue < 4; ++epilogue)
         for (int splits : {1, 2, 3, 5}) {
           const int* rank = ranks[count % 6];
-          const int k = ks[count / 2 % 6], n = (epilogue == 3 ? 2 : 1) * (25 + 23 * (count % 5)), shape_rows = rows[log][count % 3];
-          Case c{{shape_rows, n, k, rank[0] * rank[1], rank[0], epilogue == 3}, rank[1] ? rank[1] : 1, count % 2 * 2,
-                 epilogue == 1, epilogue == 2};
+          const int k = ks[count / 2 % 6], n = (epilogue == 3 ? 2 : 1) * (25 + 23 * (count % 5)),
+                    shape_rows = rows[log][count % 3];
+          Case c{{shape_rows, n, k, rank[0] * rank[1], rank[0], epilogue == 3},
+                 rank[1] ? rank[1] : 1,
+                 count % 2 * 2,
+                 epilogue == 1,
+                 epilogue == 2};
           Plan plan{1 << log, mt, ceil_div(n, 64 * mt), splits};
           CHECK(row_tiles(shape_rows) == plan.nt, "row_tiles(%d) = %d", shape_rows, row_tiles(shape_rows));
           if (plan.splits > k_blocks(c.s)) plan.splits = k_blocks(c.s);
@@ -274,9 +297,11 @@ static void check_splits() {
 
 // The planner on A100, H100, B200 and a small card, at real layers and odd ones: legal, and better than what it passed over.
 static int check_planner() {
-  const Device devices[] = {{108, 167936, 166912, 2039}, {132, 233472, 232448, 3350}, {148, 233472, 232448, 8000}, {40, 102400, 101376, 300}};
-  const int layers[][3] = {{1152, 896, 0}, {896, 896, 0}, {9728, 896, 1}, {896, 4864, 0}, {2048, 1536, 0}, {17920, 1536, 1},
-                           {1536, 8960, 0}, {4608, 3584, 0}, {3584, 3584, 0}, {37888, 3584, 1}, {3584, 18944, 0}, {40, 8, 0}, {1, 1, 0}};
+  const Device devices[] = {
+      {108, 167936, 166912, 2039}, {132, 233472, 232448, 3350}, {148, 233472, 232448, 8000}, {40, 102400, 101376, 300}};
+  const int layers[][3] = {{1152, 896, 0},   {896, 896, 0},   {9728, 896, 1},  {896, 4864, 0},  {2048, 1536, 0},
+                           {17920, 1536, 1}, {1536, 8960, 0}, {4608, 3584, 0}, {3584, 3584, 0}, {37888, 3584, 1},
+                           {3584, 18944, 0}, {40, 8, 0},      {1, 1, 0}};
   std::set<int> classes;
   for (const Device& d : devices)
     for (const auto& layer : layers)
@@ -295,11 +320,12 @@ static int check_planner() {
         // No plan beats the memory, and a plan with work for everybody comes near it.
         const double least = 2.0 * s.n * s.k / d.bytes_per_ns;
         CHECK(plan_ns(s, d, p) > least, "%g ns, under %g", plan_ns(s, d, p), least);
-        if (2.0 * s.n * s.k > 1e8 && rows <= 16) CHECK(plan_ns(s, d, p) < 1.2 * least + 3000, "%g ns of %g", plan_ns(s, d, p), least);
+        if (2.0 * s.n * s.k > 1e8 && rows <= 16)
+          CHECK(plan_ns(s, d, p) < 1.2 * least + 3000, "%g ns of %g", plan_ns(s, d, p), least);
         classes.insert(p.nt * 100 + p.mt * 10 + (p.splits > 1));
         if (d.processors == 132 && (rows == 1 || rows == 16 || rows == 64) && s.k >= 896)
-          std::printf("H100, %2d rows, %5d x %5d: %3d rows of W, %3d tiles, %2d splits, %.1f us, %.0f %% of bandwidth\n", rows, s.n, s.k,
-                      64 * p.mt, p.tiles, p.splits, plan_ns(s, d, p) / 1e3, 100 * least / plan_ns(s, d, p));
+          std::printf("H100, %2d rows, %5d x %5d: %3d rows of W, %3d tiles, %2d splits, %.1f us, %.0f %% of bandwidth\n", rows,
+                      s.n, s.k, 64 * p.mt, p.tiles, p.splits, plan_ns(s, d, p) / 1e3, 100 * least / plan_ns(s, d, p));
       }
   // Many tiles need no splits, few do, and a tall tile does not fit everywhere.
   Plan p{};
