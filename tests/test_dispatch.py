@@ -15,6 +15,7 @@ import torch
 
 from tinylora.errors import InputError
 from tinylora.kernels import (
+    build,
     dispatch,
     launch,  # noqa: F401  Triton must not be imported for the first time below, where the environment says "interpret"
     self_check,
@@ -311,7 +312,7 @@ def test_the_cuda_backend_asks_for_a_library_and_its_proof(
         return {op: {"op": op, "error": error} for op in (["decode_linear"] if checks == dispatch.CUDA_CHECKS else ["swiglu"])}
 
     monkeypatch.setattr(dispatch, "_cached_or_checked", checked)
-    monkeypatch.setattr(dispatch.build, "library", lambda architectures: compiled.append(architectures))
+    monkeypatch.setattr(build, "library", lambda architectures: compiled.append(architectures))
     for _ in range(2):
         assert runs_cuda("decode_linear", rows_on(GPU)) and runs_triton("swiglu", rows_on(GPU))
     assert asked == [dispatch.CHECKS, dispatch.CUDA_CHECKS] and compiled == [["sm_90a"]]
@@ -359,6 +360,6 @@ def test_an_unproven_cuda_kernel_is_not_captured(monkeypatch: pytest.MonkeyPatch
 def test_a_cuda_verdict_is_of_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_of_a_test(monkeypatch)
     names = iter(["csrc-a.so", "csrc-b.so"])
-    monkeypatch.setattr(dispatch.build, "library", lambda _: Path(next(names)))
+    monkeypatch.setattr(build, "library", lambda _: Path(next(names)))
     one, two = (dispatch._conditions(GPU, dispatch.CUDA_CHECKS) for _ in range(2))
     assert one.pop("library") != two.pop("library") and one == two

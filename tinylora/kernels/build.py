@@ -29,7 +29,7 @@ from tinylora.files import cache_dir, write_text
 SOURCES = Path(__file__).parent.parent / "csrc"  # a link to csrc/ in a checkout, a folder in an installed package
 TORCH = Path(torch.__file__).parent
 OLDEST = (12, 8)  # the first nvcc that compiles for Blackwell
-FLAGS = ("-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC,-Wall", "-Werror=all-warnings", "-Xptxas=-v")
+FLAGS = ("-O3", "--threads=0", "-std=c++17", "-shared", "-Xcompiler=-fPIC,-Wall", "-Werror=all-warnings", "-Xptxas=-v")
 STABLE = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")  # 2.11: what is built serves it and later versions
 
 

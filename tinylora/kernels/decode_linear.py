@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylora.kernels import build, dispatch
+from tinylora.kernels import dispatch
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.frozen_linear import FrozenLinear
 from tinylora.kernels.shrink import shrink_ref
@@ -46,6 +46,8 @@ def decode_linear_ref(
 @cache
 def load(architecture: str) -> None:
     """Register torch.ops.tinylora.decode_linear from the library for "sm_90a" or the like. BuildError where there is none."""
+    from tinylora.kernels import build  # which is a command too: `dispatch` says why not above
+
     path = build.library([architecture])
     try:
         torch.ops.load_library(path)

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from tinylora.errors import InputError
 from tinylora.files import cache_dir, write_text
-from tinylora.kernels import build
 
 # reference, addmm: plain PyTorch, the correction as a second product on plain weights. padded, triton, cuda: Triton row
 # kernels, and the frozen linear as one product over padded buffers, as the fused Triton kernel, as the CUDA decode kernel.
@@ -108,6 +107,8 @@ def prove(device: torch.device, checks: str = CHECKS) -> dict[str, Verdict]:
 
 def _checked(device: torch.device, checks: str) -> dict[str, Verdict]:
     """What has to be compiled is compiled here, not in the child, whose time is limited."""
+    from tinylora.kernels import build  # not above: it is a command too, and the package must not have imported it by then
+
     if checks == CUDA_CHECKS:
         try:
             build.library([build.architecture(device)])
@@ -157,6 +158,8 @@ def _cached_or_checked(device: torch.device, checks: str) -> dict[str, Verdict]:
 def _conditions(device: torch.device, checks: str) -> dict[str, Any]:
     """Everything a verdict depends on. Not the backend: a check calls its kernel directly."""
     import triton
+
+    from tinylora.kernels import build
 
     sources = hashlib.sha256()
     for file in [*sorted(KERNELS.rglob("*.py")), importlib.import_module(checks.split(":")[0]).__file__]:
