@@ -44,11 +44,11 @@ def decode_linear_ref(
 
 
 @cache
-def load(architecture: str) -> None:
-    """Register torch.ops.tinylora.decode_linear from the library for "sm_90a" or the like. BuildError where there is none."""
+def load(device: torch.device) -> None:
+    """Register torch.ops.tinylora.decode_linear from the library for a device. BuildError where there is none."""
     from tinylora.kernels import build  # which is a command too: `dispatch` says why not above
 
-    path = build.library([architecture])
+    path = build.library([build.architecture(device)])
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -63,6 +63,7 @@ def decode_linear_cuda(
     x: Tensor, group: FrozenLinear, c: Correction | None, residual: Tensor | None = None, swiglu: bool = False
 ) -> Tensor:
     """`decode_linear` by the kernel. bf16 or fp16; rows of x, W and A begin on 16 bytes."""
+    load(x.device)
     correction = (None,) * 4 if c is None else (c.A, c.Bt, c.M.contiguous(), c.row_adapter)
     y: Tensor = torch.ops.tinylora.decode_linear(x, group.weight, group.bias, *correction, residual, swiglu)
     return y

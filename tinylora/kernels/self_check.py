@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tinylora.kernels import add_norm, build, decode_attention, decode_linear, dispatch, rope, shrink, swiglu
+from tinylora.kernels import add_norm, decode_attention, decode_linear, dispatch, rope, shrink, swiglu
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.frozen_linear import FrozenLinear
 from tinylora.kernels.fused_linear import fused_linear, fused_linear_ref
@@ -238,7 +238,6 @@ def decode_linear_check(device: torch.device, dtype: torch.dtype, seed: int) -> 
     """Every number of n8 tiles, with and without splits of K, each epilogue; ends of N, K and T inside of a tile."""
     if dtype == torch.float32:
         return []  # it multiplies half precision alone
-    decode_linear.load(build.architecture(device))
     randn = normals(device, dtype, seed)
     cases: list[Case] = []
     for T, N, K, segments, r, adapters, epilogue in (
