@@ -44,14 +44,23 @@ same_bits() { # two short training runs, all of it on the GPU, end in the same b
     echo "{\"bench\": \"same_bits\", \"adapters_equal\": $result}" | tee "$OUT/same_bits.json"
     echo "the two adapters are equal: $result" && [ $result = true ]
 }
-export -f card same_bits
+decode() { # the CUDA C++ kernel: compiled, its errors, its times
+    local checks=tinylora.kernels.self_check:CUDA_CHECKS
+    python -m tinylora.kernels.build || return
+    python -m bench.verdicts --checks $checks --json "$OUT/cuda_verdicts.json" || return
+    python -m pytest -m gpu -q -p no:cacheprovider -k "cuda_kernel and not clean" tests/test_gpu.py || return
+    python -m bench.decode --models Qwen2.5-7B --rounds 7 --json "$OUT/decode.json"
+}
+export -f card same_bits decode
 export OUT scratch
 
 stage card 30 25 bash -c card
 stage verdicts 150 25 python -m bench.verdicts --json "$OUT/verdicts.json"
-stage tests 100 12 python -m pytest -m gpu -q -p no:cacheprovider tests
+stage tests 100 12 python -m pytest -m gpu -q -p no:cacheprovider -k "not cuda_kernel" tests
 stage same_bits 60 3 bash -c same_bits
 stage rollout 100 14 python -m bench.rollout --prompts 64 --lengths gsm8k --longest 512 --rounds 3 --json "$OUT/rollout.json"
+stage decode 120 60 bash -c decode
 stage ops 150 90 python -m bench.ops --quick --rounds 7 --json "$OUT/ops.json"
+stage sanitizer 90 12 python -m pytest -m gpu -q -p no:cacheprovider -k "cuda_kernel and clean" tests/test_gpu.py
 stage step 60 12 python -m bench.step --rounds 10 --json "$OUT/step.json"
 say "== total: $SECONDS s"

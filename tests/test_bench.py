@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attach, layers, measure, ops, report, verdicts
+from bench import attach, decode, layers, measure, ops, report, verdicts
 from bench.measure import Rounds, call_seconds, in_turns, peak_extra_bytes
 from bench.ops import MODELS, check_agreement, head_case, linear_case, norm_case, swiglu_case
 from tinylora.basis import truncated_svd
@@ -348,6 +348,26 @@ def test_gpu_stages_outlive_each_other_and_keep_to_the_time(tmp_path: Path) -> N
     ):
         assert line in said, said
     assert (tmp_path / "out" / "verdicts.log").read_text() == "broken\n"
+
+
+def test_decode_bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Rows of every contender there is on a CPU, shares of the bandwidth measured, and nothing timed where one is wrong."""
+    monkeypatch.setattr(decode, "copy_rate", lambda *_: 2e9)
+    file = tmp_path / "decode.json"
+    arguments = ["--device", "cpu", "--models", "tiny", "--rounds", "3", "--busy", "99", "--rows"]
+    decode.main([*arguments, "1", "8", "--json", str(file)])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads(file.read_text()) and result["copy_gbytes_per_second"] == 2.0
+    names = {"bare", "cuBLAS + low rank", "shrink + padded", "padded", "decode_linear"}
+    assert len(result["rows"]) == 2 * 4 * len(names) and {r["implementation"] for r in result["rows"]} == names
+    for row in result["rows"]:
+        assert row["share_of_copy"] == pytest.approx(row["gbytes_per_second"] / 2.0)
+    row = next(r for r in result["rows"] if r["case"] == "tiny gate_up 64->192, T 8")
+    moved = 4 * (192 * 64 + (8 + 2 * 2) * (192 + 64))  # W; x and y; A and B
+    assert row["gbytes_per_second"] == pytest.approx(moved / row["us"]["median"] / 1e3)
+    monkeypatch.setattr(decode, "decode_linear", lambda x, group, c: x @ group.weight.T)
+    with pytest.raises(RuntimeError, match="qkv .*: decode_linear differs by .*; nothing was timed"):
+        decode.main([*arguments, "8"])
 
 
 def test_layers_bench_steps_all_contenders_alike(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ import torch
 
 from tinylora.errors import InputError
 from tinylora.kernels import (
+    build,
     dispatch,
     launch,  # noqa: F401  Triton must not be imported for the first time below, where the environment says "interpret"
     self_check,
 )
-from tinylora.kernels.dispatch import prove, runs_triton
+from tinylora.kernels.dispatch import prove, runs_cuda, runs_triton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 TOY = "toy_checks:CHECKS"
@@ -295,3 +296,70 @@ def test_the_allowance_is_twice_plain_and_one_rounding_of_fp32(dtype: torch.dtyp
     wrong = torch.arange(64)
     assert self_check.relative_errors(wrong, wrong, wrong)[0] == 0
     assert self_check.relative_errors(wrong, wrong, wrong.clamp(max=62))[0] == 1 / 64
+
+
+def test_the_cuda_backend_asks_for_a_library_and_its_proof(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compiled first, then proven like any kernel; what fails is named once, and the Triton kernels run on."""
+    gpu_of_a_test(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TINYLORA_BACKEND", "cuda")
+    asked, compiled, error = [], [], None
+
+    def checked(_: torch.device, checks: str) -> dict[str, dict]:
+        asked.append(checks)
+        return {op: {"op": op, "error": error} for op in (["decode_linear"] if checks == dispatch.CUDA_CHECKS else ["swiglu"])}
+
+    monkeypatch.setattr(dispatch, "_cached_or_checked", checked)
+    monkeypatch.setattr(build, "library", lambda architectures: compiled.append(architectures))
+    for _ in range(2):
+        assert runs_cuda("decode_linear", rows_on(GPU)) and runs_triton("swiglu", rows_on(GPU))
+    assert asked == [dispatch.CHECKS, dispatch.CUDA_CHECKS] and compiled == [["sm_90a"]]
+    assert not runs_cuda("decode_linear", rows_on(CPU))
+    monkeypatch.setenv("TINYLORA_BACKEND", "padded")
+    assert not runs_cuda("decode_linear", rows_on(GPU))
+
+    monkeypatch.setenv("TINYLORA_BACKEND", "cuda")
+    dispatch._verdicts.clear()
+    error = "wrong"
+    assert not runs_cuda("decode_linear", rows_on(GPU)) and not runs_cuda("decode_linear", rows_on(GPU))
+    said = capsys.readouterr().err
+    assert said.count("decode_linear runs as the padded product and its row kernels on cuda:0") == 1
+    assert f"--checks {dispatch.CUDA_CHECKS} --ops decode_linear" in said
+
+
+@pytest.mark.parametrize("first", ["padded", "cuda"])
+def test_the_cuda_backend_without_a_compiler(
+    first: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu_of_a_test(monkeypatch)
+    monkeypatch.setenv("TINYLORA_BACKEND", first)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(dispatch, "_cached_or_checked", lambda *_: {"swiglu": {"op": "swiglu", "error": None}})
+    prove(GPU)  # as a run in the same process that asked for something else
+    monkeypatch.setenv("TINYLORA_BACKEND", "cuda")
+    for _ in range(3):
+        assert runs_triton("swiglu", rows_on(GPU)) and not runs_cuda("decode_linear", rows_on(GPU))
+    said = capsys.readouterr().err
+    assert said.count("decode_linear runs as the padded product") == said.count("tinylora:") == 1
+    assert "it was not compiled: no nvcc on PATH" in said
+
+
+def test_an_unproven_cuda_kernel_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_of_a_test(monkeypatch)
+    monkeypatch.setenv("TINYLORA_BACKEND", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(dispatch, "_cached_or_checked", no_child)
+    dispatch._verdicts[GPU] = {"swiglu": {"op": "swiglu", "error": None}}
+    with pytest.raises(RuntimeError, match="decode_linear is being captured .* call dispatch.prove"):
+        runs_cuda("decode_linear", rows_on(GPU))
+
+
+def test_a_cuda_verdict_is_of_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_of_a_test(monkeypatch)
+    names = iter(["csrc-a.so", "csrc-b.so"])
+    monkeypatch.setattr(build, "library", lambda _: Path(next(names)))
+    one, two = (dispatch._conditions(GPU, dispatch.CUDA_CHECKS) for _ in range(2))
+    assert one.pop("library") != two.pop("library") and one == two

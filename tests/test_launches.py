@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinylora.kernels import add_norm, decode_attention, dispatch, fused_linear, rope, sampling, shrink, swiglu
+from tinylora.kernels import add_norm, decode_attention, decode_linear, dispatch, fused_linear, rope, sampling, shrink, swiglu
 from tinylora.kernels.frozen_linear import FrozenLinear
 from tinylora.model.config import ModelConfig
 from tinylora.model.decoder import GROUPS, Decoder, KVCache, Layer, module_name
@@ -57,10 +57,17 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(layers: int, adapters: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    monkeypatch.setenv("TINYLORA_BACKEND", "padded")
+def launches(layers: int, adapters: int, monkeypatch: pytest.MonkeyPatch, backend: str = "padded") -> Counter[str]:
+    monkeypatch.setenv("TINYLORA_BACKEND", backend)
     monkeypatch.setattr(dispatch, "runs_triton", lambda op, x: True)
+    monkeypatch.setattr(dispatch, "runs_cuda", lambda op, x: backend == "cuda")
     model, mode = decoder(layers), Kernels()
+
+    def decode_linear_cuda(x, group, c, residual, swiglu):  # its op has shapes alone on meta tensors, and needs nvcc
+        mode.count["decode_linear"] += 1
+        return x.new_empty(len(x), len(group.weight) // (2 if swiglu else 1))
+
+    monkeypatch.setattr(decode_linear, "decode_linear_cuda", decode_linear_cuda)
     for module in (add_norm, decode_attention, fused_linear, rope, sampling, shrink, swiglu):
         monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: mode.count.update([kernel.__name__]))
     cache = KVCache(model.config, 100, 64, model.embedding, SLOTS, 1024)
@@ -68,7 +75,7 @@ def launches(layers: int, adapters: int, monkeypatch: pytest.MonkeyPatch) -> Cou
     sizes = [len(g.A) // 2 for layer in model.layers for g in layer.groups]
     slots.set_matrices([torch.empty(adapters, n, 2, 2, device="meta") for n in sizes])
     slots.corrections(SLOTS)  # made once for a rollout
-    with mode:
+    with mode, torch.no_grad():
         slots.step(SLOTS, 0)
     return mode.count
 
@@ -82,3 +89,9 @@ def test_a_layer_is_ten_launches(adapters, monkeypatch):
     rest = two.total() - 2 * 10
     print(f"10 launches a layer and {rest} more a step: {28 * 10 + rest} for 28 layers", dict(two))
     assert rest <= 40, two
+
+
+def test_a_layer_on_the_decode_linear_is_nine_launches(monkeypatch):
+    """Four of them the linears', each with its t, z and B, and with SwiGLU or the residual; a split K adds a launch."""
+    two, three = (launches(n, 1, monkeypatch, "cuda") for n in (2, 3))
+    assert three - two == Counter({"decode_linear": 4, "_forward": 3, "_partial": 1, "_combine": 1}), three - two

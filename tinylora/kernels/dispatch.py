@@ -31,6 +31,7 @@ from tinylora.files import cache_dir, write_text
 # kernels, and the frozen linear as one product over padded buffers, as the fused Triton kernel, as the CUDA decode kernel.
 BACKENDS = ("reference", "addmm", "padded", "triton", "cuda")
 CHECKS = "tinylora.kernels.self_check:CHECKS"
+CUDA_CHECKS = "tinylora.kernels.self_check:CUDA_CHECKS"
 START_SECONDS = 180.0  # for a child to import PyTorch and reach the device; an op's own time begins after that
 KERNELS = Path(__file__).parent
 
@@ -62,16 +63,23 @@ def runs_triton(op: str, x: Tensor) -> bool:
         return False
     if x.device.type == "cpu":
         return True  # the tests that interpret kernels are their proof
-    if x.dtype == torch.float64:
-        return False  # no kernel computes in it
-    verdicts = _verdicts.get(x.device)
-    if verdicts is None:
+    return x.dtype != torch.float64 and _proven(op, x.device)  # no kernel computes in fp64
+
+
+def runs_cuda(op: str, x: Tensor) -> bool:
+    """The same of an op's CUDA C++ kernel, which TINYLORA_BACKEND=cuda alone asks for; compiled before it is proven."""
+    return x.device.type == "cuda" and backend("cuda") == "cuda" and _proven(op, x.device, compiled=True)
+
+
+def _proven(op: str, device: torch.device, compiled: bool = False) -> bool:
+    verdicts = _verdicts.get(device)
+    if verdicts is None or (compiled and op not in verdicts):
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"{op} is being captured into a CUDA graph unproven; call dispatch.prove(device) before")
-        verdicts = prove(x.device)
+        verdicts = prove(device)
     if op not in verdicts:
         verdicts[op] = {"op": op, "error": "self_check.CHECKS has no check of it"}
-        _report(verdicts[op], x.device)
+        _report(verdicts[op], device)
     return verdicts[op]["error"] is None
 
 
@@ -79,26 +87,46 @@ def prove(device: torch.device, checks: str = CHECKS) -> dict[str, Verdict]:
     """The verdict on every op of `checks` ("module:NAME") on a device, from this process, the cache, or child processes.
 
     Takes minutes at worst, the first time: call it at start, before any CUDA graph is captured. Nothing where the backend
-    is plain PyTorch. Failed ops are reported on stderr once.
+    is plain PyTorch; where it is cuda, the CUDA C++ kernels are compiled and proven too. Failed ops are reported on stderr
+    once.
     """
     if not _wants_triton(device.type):
         return {}
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    if device not in _verdicts:
-        _verdicts[device] = _cached_or_checked(device, checks)
-        for verdict in _verdicts[device].values():
-            if verdict["error"] is not None:
-                _report(verdict, device)
-    return _verdicts[device]
+    known = _verdicts.setdefault(device, {})
+    found = {} if known else _checked(device, checks)
+    if device.type == "cuda" and backend("cuda") == "cuda" and checks == CHECKS and "decode_linear" not in known:
+        found |= _checked(device, CUDA_CHECKS)
+    known |= found
+    for verdict in found.values():
+        if verdict["error"] is not None:
+            _report(verdict, device)
+    return known
+
+
+def _checked(device: torch.device, checks: str) -> dict[str, Verdict]:
+    """What has to be compiled is compiled here, not in the child, whose time is limited."""
+    from tinylora.kernels import build  # not above: it is a command too, and the package must not have imported it by then
+
+    if checks == CUDA_CHECKS:
+        try:
+            build.library([build.architecture(device)])
+        except build.BuildError as error:
+            return {"decode_linear": {"op": "decode_linear", "error": f"it was not compiled: {error}"}}
+    return _cached_or_checked(device, checks)
 
 
 def _report(verdict: Verdict, device: torch.device) -> None:
     op, override = verdict["op"], os.environ.get("TINYLORA_BACKEND")
     lead = f"TINYLORA_BACKEND={override} cannot be honoured: " if override else ""
+    if op == "decode_linear":
+        where, instead = f" --checks {CUDA_CHECKS}", "the padded product and its row kernels"
+    else:
+        where, instead = "", "plain PyTorch"
     print(
-        f"tinylora: {lead}{op} runs as plain PyTorch on {device}, because its kernel failed the self-check "
-        f"({verdict['error']}). More: python -m tinylora.kernels.self_check --device {device} --ops {op}. "
+        f"tinylora: {lead}{op} runs as {instead} on {device}, because its kernel failed the self-check "
+        f"({verdict['error']}). More: python -m tinylora.kernels.self_check --device {device}{where} --ops {op}. "
         f"To check again: delete {cache_dir()}/self-check-*.json",
         file=sys.stderr,
     )
@@ -131,6 +159,8 @@ def _conditions(device: torch.device, checks: str) -> dict[str, Any]:
     """Everything a verdict depends on. Not the backend: a check calls its kernel directly."""
     import triton
 
+    from tinylora.kernels import build
+
     sources = hashlib.sha256()
     for file in [*sorted(KERNELS.rglob("*.py")), importlib.import_module(checks.split(":")[0]).__file__]:
         sources.update(Path(str(file)).read_bytes())
@@ -142,6 +172,8 @@ def _conditions(device: torch.device, checks: str) -> dict[str, Any]:
         "triton": triton.__version__,
         "device": device.type,
     }
+    if checks == CUDA_CHECKS:
+        conditions["library"] = build.library([build.architecture(device)]).name
     if device.type == "cuda":
         driver = Path("/proc/driver/nvidia/version")
         conditions["gpu"] = torch.cuda.get_device_name(device)

@@ -23,8 +23,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tinylora.kernels import add_norm, decode_attention, dispatch, rope, shrink, swiglu
+from tinylora.kernels import add_norm, decode_attention, decode_linear, dispatch, rope, shrink, swiglu
 from tinylora.kernels.correction import Correction
+from tinylora.kernels.frozen_linear import FrozenLinear
 from tinylora.kernels.fused_linear import fused_linear, fused_linear_ref
 from tinylora.kernels.reduce_dm import reduce_dm_ref, reduce_dm_triton
 from tinylora.kernels.sampling import sample_ref, sample_triton
@@ -233,6 +234,38 @@ def fused_linear_check(device: torch.device, dtype: torch.dtype, seed: int) -> l
     return cases
 
 
+def decode_linear_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+    """Every number of n8 tiles, with and without splits of K, each epilogue; ends of N, K and T inside of a tile."""
+    if dtype == torch.float32:
+        return []  # it multiplies half precision alone
+    randn = normals(device, dtype, seed)
+    cases: list[Case] = []
+    for T, N, K, segments, r, adapters, epilogue in (
+        (1, 1152, 896, 3, 2, 0, "bias"),
+        (7, 896, 896, 1, 2, 3, "residual"),
+        (16, 9728, 896, 2, 2, 2, "swiglu"),
+        (33, 896, 4864, 1, 2, 0, "residual"),
+        (64, 1152, 896, 3, 4, 5, "bias"),
+        (20, 2 * 1000, 200, 2, 1, 0, "swiglu"),
+        (5, 130, 72, 1, 8, 2, ""),
+        (9, 300, 333, 0, 0, 0, ""),
+        (8, 20000, 256, 2, 2, 0, "swiglu"),
+        (64, 3584, 3584, 1, 2, 4, "residual"),
+    ):
+        if device.type == "cpu":  # a test of this check, with the reference in the kernel's place
+            N, K = N // 8, K // 8
+        bias = randn(N) if epilogue == "bias" else None
+        group = FrozenLinear(randn(N, K + 64 - K % 8)[:, :K] / K**0.5, bias)
+        c = dataclasses.replace(correction(randn, T, K, N, segments, r, adapters), t=None, s=None) if segments else None
+        x, residual = randn(T, K + 24 - K % 8)[:, :K], randn(T, N) if epilogue == "residual" else None
+        wide, gated = FrozenLinear(group.weight.double(), _wide(bias)), epilogue == "swiglu"
+        ours = decode_linear.decode_linear_cuda(x, group, c, residual, gated)
+        plain = decode_linear.decode_linear_ref(x, group, c, residual, gated)
+        real = decode_linear.decode_linear_ref(x.double(), wide, _wide(c), _wide(residual), gated)
+        cases.append((f"{T} x {N} x {K} {epilogue}", ours, plain, real))
+    return cases
+
+
 def decode_attention_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
     """A step's way through a paged cache: q, the cache as it is then, the attention's output, and o's z."""
     randn = normals(device, dtype, seed)
@@ -317,6 +350,10 @@ CHECKS: dict[str, Check] = {
     "sampling": sampling_check,
     "token_logprobs": token_logprobs_check,
 }
+
+
+# The same of the CUDA C++ kernels, which have to be compiled first.
+CUDA_CHECKS: dict[str, Check] = {"decode_linear": decode_linear_check}
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:

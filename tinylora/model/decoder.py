@@ -19,6 +19,7 @@ from tinylora.kernels.add_norm import add_norm
 from tinylora.kernels.attention import Packing, packed_attention
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.decode_attention import CacheView, decode_attention, rope_into_cache
+from tinylora.kernels.decode_linear import decode_linear, takes
 from tinylora.kernels.frozen_linear import NARROW, FrozenLinear, pad_rows, padded_rows
 from tinylora.kernels.linear import linear
 from tinylora.kernels.reduce_dm import reduce_dm
@@ -246,6 +247,7 @@ class Decoder:
         positions: Tensor,  # (T,) int64
         attend: Attend,
         corrections: Sequence[Correction | None],  # of each fused linear
+        whole: bool = False,  # by `decode_linear`: a linear computes its own z, and does what follows it
     ) -> Tensor:  # (T, hidden), after the final norm
         c = self.config
         rows = len(tokens)
@@ -254,8 +256,15 @@ class Decoder:
         x, y, below = self.embedding[tokens], None, None  # (T, hidden)
         for i, layer in enumerate(self.layers):
             qkv, o, gate_up, down = corrections[4 * i : 4 * i + 4]
-            x, h = add_norm(x, y, None, layer.input_norm, c.norm_eps, below, qkv)
             heads = Heads(c.num_heads, c.num_kv_heads, c.head_dim, layer.q_norm, layer.k_norm, c.norm_eps)
+            if whole:
+                _, h = add_norm(x, None, None, layer.input_norm, c.norm_eps, None, None)
+                out, _ = attend(i, decode_linear(h, layer.qkv, qkv), Block(cos, sin, heads, None, None))
+                x = decode_linear(out, layer.o, o, residual=x)
+                _, h = add_norm(x, None, None, layer.post_norm, c.norm_eps, None, None)
+                x = decode_linear(decode_linear(h, layer.gate_up, gate_up, swiglu=True), layer.down, down, residual=x)
+                continue
+            x, h = add_norm(x, y, None, layer.input_norm, c.norm_eps, below, qkv)
             out, z = attend(i, linear(h, layer.qkv, qkv), Block(cos, sin, heads, qkv, o))  # (T, H * D), (T, R)
             x, h = add_norm(x, linear(out, layer.o, o), z, layer.post_norm, c.norm_eps, o, gate_up)
             h = swiglu(linear(h, layer.gate_up, gate_up), c.intermediate_size, gate_up, down)
@@ -304,7 +313,9 @@ class Decoder:
             q = rope_into_cache(qkv, b.cos, b.sin, b.heads, keys, values, view)
             return decode_attention(q, keys, values, view, b.o)
 
-        return self.forward(tokens, positions, attend, corrections)
+        groups = (group for layer in self.layers for group in layer.groups)
+        whole = all(takes(len(tokens), *each) for each in zip(groups, corrections, strict=True))
+        return self.forward(tokens, positions, attend, corrections, whole)
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, matrices: Matrices | None = None) -> Tensor:
