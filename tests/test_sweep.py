@@ -78,7 +78,7 @@ def test_a_study_its_choice_and_going_on(tmp_path):
     kept = (out / "runs" / "es" / "seed-0" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     shutil.rmtree(out / "runs" / "rl--3-numbers" / "seed-0")
     shutil.rmtree(out / "runs" / "rl--3-numbers" / "seed-1" / "adapter")
-    run(str(study), "--output-dir", str(out))
+    run(str(study), "--output-dir", str(out), "--processes", "1")
     assert results(out) == found
     assert (out / "runs" / "es" / "seed-0" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == kept
 
@@ -87,7 +87,7 @@ def test_an_arm_is_the_run_of_its_settings(tmp_path):
     """What a study trains in a group is what `tinylora.train` trains alone."""
     study, out = tmp_path / "study.toml", tmp_path / "out"
     study.write_text(STUDY)
-    run(str(study), "--output-dir", str(out), "--quick")
+    run(str(study), "--output-dir", str(out), "--quick", "--processes", "1")
     settings = {"max_steps": 1, "prompts_per_step": 2, "num_generations": 4, "eval_size": 16, "validation_size": 16}
     alone = Trainer(sweep.config(settings | {"algorithm": "es", "sigma": 0.05}, 0, study, str(tmp_path / "alone")))
     assert alone.train()

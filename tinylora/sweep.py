@@ -18,12 +18,12 @@ own. What is finished stays finished: the same command goes on where it was stop
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -137,14 +137,13 @@ def run_job(jobs: list[TrainConfig], threads: int) -> None:
     from tinylora.rl.trainer import Trainer
 
     torch.set_num_threads(threads)
-    log = open(os.devnull, "w")  # noqa: SIM115  as long as the process lives
-    sys.stdout = sys.stderr = log
     missing = [_resumed(c) for c in jobs if not finished(c)]
-    if len(missing) > 1:
-        train_population(missing)
-    else:
-        for each in missing:
-            Trainer(each).train()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        if len(missing) > 1:
+            train_population(missing)
+        else:
+            for each in missing:
+                Trainer(each).train()
 
 
 def finished(c: TrainConfig) -> bool:
@@ -165,6 +164,15 @@ def run_all(groups: Sequence[list[TrainConfig]], processes: int, what: str) -> N
     if not groups:
         return
     threads, began = max(1, (os.cpu_count() or 1) // processes), time.perf_counter()
+
+    def say(done: int) -> None:
+        print(f"{what}: {done} of {len(groups)} groups of runs, {time.perf_counter() - began:,.0f} s", flush=True)
+
+    if processes == 1:
+        for done, group in enumerate(groups, 1):
+            run_job(group, threads)
+            say(done)
+        return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(run_job, g, threads): g for g in groups}
         for done, future in enumerate(as_completed(futures), 1):
@@ -172,7 +180,7 @@ def run_all(groups: Sequence[list[TrainConfig]], processes: int, what: str) -> N
             if error is not None:
                 pool.shutdown(cancel_futures=True)
                 raise InputError(f"{futures[future][0].output_dir}: {error}") from error
-            print(f"{what}: {done} of {len(groups)} groups of runs, {time.perf_counter() - began:,.0f} s", flush=True)
+            say(done)
 
 
 def choose(study: Study, path: Path, out: Path, processes: int) -> list[dict[str, Any]]:
