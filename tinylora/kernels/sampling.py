@@ -23,8 +23,9 @@ from tinylora.kernels.token_logprobs import log_softmax_at
 BUDGET = {"_tile_sums": (96, 1024), "_pick": (128, 32_768)}  # kernel: registers a thread, bytes of shared memory
 
 
-def uniforms(seed: int, sequences: Tensor, positions: int) -> Tensor:
-    """One uniform for each position of each sequence: sequences (T,) int64 -> (T, positions) float64."""
+def uniforms(seed: int | Tensor, sequences: Tensor, positions: int) -> Tensor:
+    """One uniform for each position of each sequence: sequences (T,) int64 -> (T, positions) float64. A seed of each
+    sequence's own is (T, 1) int64."""
     return prng.uniform(prng.fold(seed, sequences[:, None], torch.arange(positions, device=sequences.device)))
 
 

@@ -61,6 +61,7 @@ def rollout(
     page_size: int | None = None,  # positions in a page; None: PAGE on a GPU, on a CPU one page a slot
     share_prompts: bool = True,  # prefill a prompt once for its samples; False: once for each
     expected: Sequence[float] | None = None,  # completion length of each prompt, longest first; None: longest prompt first
+    names: Sequence[tuple[int, int]] | None = None,  # seed and number of each sequence; None: the sampling's, and as below
     limits: Sequence[int] | None = None,  # tokens each sequence may get at most, where that is less than the sampling's
     watch: Callable[[int, list[int]], None] | None = None,  # called with (sequence of the call, all its tokens) as they come
     on_completion: Callable[[int, Completion], None] | None = None,  # called with each as it ends, while others still run
@@ -79,6 +80,7 @@ def rollout(
         generations = 1
     run = _Rollout(model, matrices, prompts, generations, sampling, first_sequence, row_adapter)
     run.limits = limits
+    run.names = names
     run.allocate(slots, cache_bytes or CACHE_BYTES[model.device.type], page_size, expected)
     return run.go(watch, on_completion, usage or Usage())
 
@@ -104,6 +106,7 @@ class _Rollout:
         # Prefilled prompts of which samples wait: keys and values of the tokens that fill no page, (layers, n, Hkv, D) each
         self.prompt_rows: dict[int, tuple[Tensor, Tensor]] = {}
         self.limits: Sequence[int] | None = None
+        self.names: Sequence[tuple[int, int]] | None = None
         self.row_of: dict[int, int] = {}  # a running sequence's row of the outputs
 
     def allocate(self, slots: int | None, bytes_: int, page_size: int | None, expected: Sequence[float] | None) -> None:
@@ -253,8 +256,10 @@ class _Rollout:
         live = [r for r in running if r is not None]
         rows = [self.free_rows.pop() for _ in live]
         self.row_of.update((r.sequence, row) for r, row in zip(live, rows, strict=True))
-        numbers = torch.tensor([self.first_sequence + r.sequence for r in live], device=self.model.device)
-        u = uniforms(self.sampling.seed, numbers, self.sampling.max_completion_length)
+        own, first = self.names, self.first_sequence
+        names = [(self.sampling.seed, first + r.sequence) if own is None else own[r.sequence] for r in live]
+        seeds, numbers = torch.tensor(names, device=self.model.device).unbind(1)
+        u = uniforms(seeds[:, None], numbers, self.sampling.max_completion_length)
         tokens = [self.prompts[r.group][-1] for r in live]
         adapters = [self.row_adapter[r.group] for r in live]
         most = self.sampling.max_completion_length

@@ -1,4 +1,4 @@
-"""The GRPO loop: one step is rollout, reward, advantage, update, then checkpoint and metrics row.
+"""The loop: steps of one run, or of several that share the base, each followed by its checkpoint and metrics row.
 
 Every random choice is a function of the seed and a counter (step, sequence, position), so there is no generator state to
 save, and a resumed run repeats the uninterrupted one bit for bit.
@@ -9,10 +9,9 @@ import json
 import math
 import signal
 import time
-from concurrent.futures import Future
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, SimpleNamespace
-from typing import Any
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -25,19 +24,21 @@ from tinylora.errors import InputError
 from tinylora.files import write_text
 from tinylora.model import load_model
 from tinylora.model.decoder import Matrices
-from tinylora.rl.advantages import compute_advantages
+from tinylora.rl.baselines import Baseline
 from tinylora.rl.config import TrainConfig
-from tinylora.rl.consistency import fix_capacity, require_same_policy
+from tinylora.rl.consistency import fix_capacity
+from tinylora.rl.es import es_step
 from tinylora.rl.evaluation import Scores, evaluate
 from tinylora.rl.grader_pool import GraderPool
-from tinylora.rl.grading import Verdict
 from tinylora.rl.memory import plan_memory
-from tinylora.rl.rewards import CONTROLS, Grader, call_reward, load_reward, random_rewards
-from tinylora.rl.rollout import Completion, Sampling, rollout
-from tinylora.rl.run_directory import V_IN_METRICS, RunDirectory
+from tinylora.rl.rewards import CONTROLS, Grader, load_reward
+from tinylora.rl.run_directory import V_IN_METRICS, RunDirectory, is_step
+from tinylora.rl.sft import sft_step, solution
+from tinylora.rl.slots import Sampling
+from tinylora.rl.step import grpo_step
 from tinylora.rl.tasks import Row, load_task
 from tinylora.rl.text import Text, fitting_rows
-from tinylora.rl.update import Batch, update
+from tinylora.rl.update import Policy
 
 ORDER_STREAM = 0x0D3  # names the stream of the prompts' order
 VALIDATION = "validation/accuracy"
@@ -46,14 +47,56 @@ VALIDATION = "validation/accuracy"
 class Trainer:
     """Everything a run holds. Construction loads and checks all inputs; only then is anything written."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, like: "Trainer | None" = None) -> None:
+        """`like`: a trainer of the same base and task, which are not loaded again."""
         self.config = config
         own = config.reward not in (None, *CONTROLS)
         self.reward = load_reward(config.reward or "") if own else None
         self.reward_name = getattr(self.reward, "__name__", "reward") if own else (config.reward or "accuracy")
+        if like is None:
+            self._load(own)
+        else:
+            self.model, self.text, self.grader, self.prompts = like.model, like.text, like.grader, like.prompts
+            self.train_rows, self.test_rows, self.validation_rows = like.train_rows, like.test_rows, like.validation_rows
+        if len(self.train_rows) < config.prompts_per_step:
+            raise InputError(
+                f"--prompts-per-step {config.prompts_per_step}: the task has only {len(self.train_rows)} usable prompts"
+            )
+        self.steps_per_epoch = len(self.train_rows) // config.prompts_per_step
+        self.max_steps = config.max_steps
+        if self.max_steps < 1:
+            self.max_steps = max(1, math.ceil(config.num_train_epochs * self.steps_per_epoch))
+        self.policy: Policy
+        if config.method in ("lora", "full"):
+            self.policy = Baseline(self.model, config.method, config.r, config.target_modules, config.seed)
+        else:
+            self.policy = Adapter(self.model, config.adapter)
+        longest, sequences = max(map(len, self.prompts)), config.prompts_per_step * config.num_generations
+        if config.exact and isinstance(self.policy, Adapter) and like is None:
+            fix_capacity(self.policy, self.prompts, self.sampling())
+        self.plan = plan_memory(self.model, longest + config.max_completion_length, sequences, config.microbatch_tokens)
+        self.expected: dict[int, float] = {}  # mean completion length of each training row, as last sampled
+        self.optimizer = torch.optim.Adam(self.policy.named_parameters().values(), lr=config.learning_rate)
+        self.step, self.num_tokens = 0, 0
+        self.stop = False
+        name = f"{self.model.path.name if config.model != 'builtin' else 'builtin'}-{time.strftime('%Y%m%d-%H%M%S')}"
+        about = {
+            "settings": dataclasses.asdict(config),
+            "num_parameters": self.policy.num_parameters,
+            "max_steps": self.max_steps,
+            "base_model_hash": base_hash(self.model),
+            "versions": {"tinylora": tinylora.__version__, "torch": torch.__version__},
+        }
+        self.run_directory = RunDirectory(Path(config.output_dir or f"runs/{name}"), about, config.resume)
+        if self.run_directory.checkpoint is not None:
+            self._restore(*self.run_directory.checkpoint)
+
+    def _load(self, own_reward: bool) -> None:
+        """The model and the task's rows."""
+        config = self.config
         self.model = load_model(config.model, config.device, config.dtype)
         self.text = Text(self.model.path)
-        task = load_task(config.dataset, config.data, config.prompt_style, needs_answers=not own)
+        task = load_task(config.dataset, config.data, config.prompt_style, needs_answers=not own_reward)
         for note in task.notes:
             print(note)
         if not task.train:
@@ -66,34 +109,12 @@ class Trainer:
         self.test_rows = self._fitting(task.test[: config.eval_size], "test") if task.has_answers else []
         held_out = min(config.validation_size, len(self.train_rows) // 10) if config.eval_steps and task.has_answers else 0
         self.validation_rows, self.train_rows = self.train_rows[:held_out], self.train_rows[held_out:]
-        if len(self.train_rows) < config.prompts_per_step:
-            raise InputError(
-                f"--prompts-per-step {config.prompts_per_step}: the task has only {len(self.train_rows)} usable prompts"
-            )
-        self.steps_per_epoch = len(self.train_rows) // config.prompts_per_step
-        self.max_steps = config.max_steps
-        if self.max_steps < 1:
-            self.max_steps = max(1, math.ceil(config.num_train_epochs * self.steps_per_epoch))
-        self.adapter = Adapter(self.model, config.adapter)
-        longest, sequences = max(map(len, self.prompts)), config.prompts_per_step * config.num_generations
-        if config.exact:
-            fix_capacity(self.adapter, self.prompts, self._sampling())
-        self.plan = plan_memory(self.model, longest + config.max_completion_length, sequences, config.microbatch_tokens)
-        self.expected: dict[int, float] = {}  # mean completion length of each training row, as last sampled
-        self.optimizer = torch.optim.Adam([self.adapter.v], lr=config.learning_rate)
-        self.step, self.num_tokens = 0, 0
-        self.stop = False
-        name = f"{self.model.path.name if config.model != 'builtin' else 'builtin'}-{time.strftime('%Y%m%d-%H%M%S')}"
-        about = {
-            "settings": dataclasses.asdict(config),
-            "num_parameters": self.adapter.num_parameters,
-            "max_steps": self.max_steps,
-            "base_model_hash": base_hash(self.model),
-            "versions": {"tinylora": tinylora.__version__, "torch": torch.__version__},
-        }
-        self.run_directory = RunDirectory(Path(config.output_dir or f"runs/{name}"), about, config.resume)
-        if self.run_directory.checkpoint is not None:
-            self._restore(*self.run_directory.checkpoint)
+        if config.algorithm == "sft" and config.sft_data != "own":
+            most, before = config.max_completion_length, len(self.train_rows)
+            solved = [len(solution(row, self.text, config.sft_data).tokens) <= most for row in self.train_rows]
+            self.train_rows = [row for row, good in zip(self.train_rows, solved, strict=True) if good]
+            if dropped := before - len(self.train_rows):
+                print(f"{dropped} solutions are longer than --max-completion-length {most} and are not used")
 
     def _fitting(self, rows: list[Row], kind: str) -> list[Row]:
         """The rows whose prompt leaves room for a completion; says how many do not."""
@@ -108,195 +129,69 @@ class Trainer:
 
     def train(self) -> bool:
         """Run to the end; returns False where Ctrl-C ended it early, after a whole step. A second Ctrl-C interrupts."""
-        before = signal.signal(signal.SIGINT, self._interrupt)
-        try:
-            self._evaluate_if_due()
-            progress = tqdm(total=self.max_steps, initial=self.step, desc="train", unit="step", dynamic_ncols=True)
-            while self.step < self.max_steps and not self.stop:
-                row = self._train_step()
-                if self.step % self.config.save_steps == 0 or self.step == self.max_steps or self.stop:
-                    self._save_checkpoint(row)
-                self.run_directory.append(row)
-                if self.step % self.config.logging_steps == 0:
-                    progress.set_postfix_str(_progress_line(row))
-                progress.update()
-                self._evaluate_if_due()
-                if self.config.dead_steps and self.steps_since_gradient() >= self.config.dead_steps:
-                    break
-            progress.close()
-        finally:
-            signal.signal(signal.SIGINT, before)
-            if self.grader is not None:
-                self.grader.close()
-        self.adapter.save(self.run_directory.path / "adapter")
+        train_together([self])
         return self.step == self.max_steps
+
+    @property
+    def running(self) -> bool:
+        dead = 0 < self.config.dead_steps <= self.steps_since_gradient()
+        return self.step < self.max_steps and not self.stop and not dead
+
+    def record(self, row: Row) -> None:
+        """Keep a finished step."""
+        if self.step % self.config.save_steps == 0 or self.step == self.max_steps or self.stop:
+            self._save_checkpoint(row)
+        self.run_directory.append(row)
+        self._evaluate_if_due()
+
+    @property
+    def last_step(self) -> Row:
+        return next(r for r in reversed(self.run_directory.rows) if is_step(r))
 
     def steps_since_gradient(self) -> int:
         """How many of the last steps in a row had only dead groups."""
-        steps = [r for r in self.run_directory.rows if "reward" in r]
-        return next((i for i, row in enumerate(reversed(steps)) if row["frac_reward_zero_std"] < 1), len(steps))
-
-    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
-        if self.stop:
-            raise KeyboardInterrupt
-        self.stop = True
-        tqdm.write("finishing this step; Ctrl-C again to drop it")
+        steps = [r for r in self.run_directory.rows if is_step(r)]
+        return next((i for i, r in enumerate(reversed(steps)) if r.get("frac_reward_zero_std", 0) < 1), len(steps))
 
     def _train_step(self) -> Row:
-        c, began = self.config, time.perf_counter()
-        order = self._prompt_order()
-        rows = [self.train_rows[i] for i in order]
-        prompts = [self.text.prompt(row["prompt"]) for row in rows]
-        with torch.no_grad():
-            matrices = self.adapter.matrices()
-        count = len(prompts) * c.num_generations
-        answers: dict[int, str] = {}
-        verdicts: dict[int, Future[Verdict]] = {}
+        """One step of this run alone."""
+        return STEPS[self.config.algorithm]([self])[0]
 
-        def take(i: int, completion: Completion) -> None:
-            answers[i] = self.text.decode(completion.tokens)
-            if self.grader is not None:
-                verdicts[i] = self.grader.submit(answers[i], rows[i // c.num_generations])
-
-        early = take if self.grader is not None and self.grader.pool is not None else None  # grading overlaps generation
-        completions = rollout(
-            self.model,
-            matrices,
-            prompts,
-            c.num_generations,
-            self._sampling(),
-            self.step * count,
-            cache_bytes=self.plan.cache,
-            expected=[self.expected.get(i, c.max_completion_length) for i in order],  # what is new may be long
-            on_completion=early,
-        )
-        for i, row_number in enumerate(order):
-            own = completions[i * c.num_generations : (i + 1) * c.num_generations]
-            self.expected[row_number] = sum(len(x.tokens) for x in own) / len(own)
-        rolled_out = time.perf_counter()
-
-        for i, completion in enumerate(completions):
-            if i not in answers:
-                take(i, completion)
-        extra: dict[str, float] = {}
-        graded = [verdicts[i].result() for i in range(count)] if verdicts else []
-        rewards = self._rewards(rows, completions, [answers[i] for i in range(count)], graded, extra)
-        advantages = compute_advantages(rewards, c.num_generations, c.scale_rewards)
-        rewarded = time.perf_counter()
-
-        learning_rate = c.learning_rate * self._schedule(self.step)
+    def descend(self) -> Row:
+        """One step of Adam on the gradients that are there; InputError where one is not finite."""
+        parameters = list(self.policy.named_parameters().values())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+        if not math.isfinite(norm):
+            raise InputError(f"step {self.step + 1}: the gradient is not finite; lower --learning-rate")
+        if self.config.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        learning_rate = self.config.learning_rate * self._schedule(self.step)
         self.optimizer.param_groups[0]["lr"] = learning_rate
-        batch = Batch([p for p in prompts for _ in range(c.num_generations)], completions, advantages)
-        for iteration in range(c.num_iterations):
-            self.optimizer.zero_grad(set_to_none=True)
-            metrics = update(self.adapter, batch, c, self.plan)
-            gradient = self.adapter.v.grad
-            assert gradient is not None
-            if not gradient.isfinite().all():
-                raise InputError(f"step {self.step + 1}: the gradient of v is not finite; lower --learning-rate")
-            if iteration == 0:
-                first, grad_norm = metrics, gradient.norm().item()
-                mean, largest = (metrics[f"sampling/sampling_logp_difference/{x}"] for x in ("mean", "max"))
-                require_same_policy(mean, largest, self.model.dtype, c.exact, self.step + 1)
-            if c.max_grad_norm > 0:
-                torch.nn.utils.clip_grad_norm_([self.adapter.v], c.max_grad_norm)
-            self.optimizer.step()
-        self.step += 1
-        ended = time.perf_counter()
+        self.optimizer.step()
+        return {"grad_norm": norm, "learning_rate": learning_rate}
 
-        lengths = torch.tensor([float(len(x.tokens)) for x in completions])
-        finished = torch.tensor([x.finished for x in completions])
-        tokens = int(lengths.sum()) + sum(map(len, prompts)) * c.num_generations
+    def advance(self, tokens: int) -> tuple[Row, Row]:
+        """Count a finished step: the metrics that begin its row, and those of the adapter."""
+        self.step += 1
         self.num_tokens += tokens
-        v = self.adapter.stored_v().detach()
+        head = {"step": self.step, "epoch": self.step / self.steps_per_epoch, "num_tokens": self.num_tokens}
+        if isinstance(self.policy, Baseline):
+            return head, {}
+        v = self.policy.stored_v().detach()
         if v.numel() > V_IN_METRICS:
             self.run_directory.keep_v(self.step, v)
-        return {
-            "step": self.step,
-            "epoch": self.step / self.steps_per_epoch,
-            "num_tokens": self.num_tokens,
-            **first,
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "reward": _number(rewards.nanmean()),
-            "reward_std": _number(rewards[~rewards.isnan()].std()),
-            f"rewards/{self.reward_name}/mean": _number(rewards.nanmean()),
-            f"rewards/{self.reward_name}/std": _number(rewards[~rewards.isnan()].std()),
-            "frac_reward_zero_std": advantages.zero_std,
-            "frac_reward_zero_std/all_right": advantages.all_right,
-            "frac_reward_zero_std/all_wrong": advantages.all_wrong,
-            "completions/mean_length": lengths.mean().item(),
-            "completions/min_length": lengths.min().item(),
-            "completions/max_length": lengths.max().item(),
-            "completions/clipped_ratio": 1 - finished.double().mean().item(),
-            "completions/mean_terminated_length": _number(lengths[finished].mean()),
-            **extra,
-            "adapter/norm": v.norm().item(),
-            **({"adapter/v": v.flatten().tolist()} if v.numel() <= V_IN_METRICS else {}),
-            "step_time": ended - began,
-            "rollout_time": rolled_out - began,
-            "reward_time": rewarded - rolled_out,
-            "update_time": ended - rewarded,
-            "tokens_per_second": tokens / (ended - began),
-            "rollout_tokens_per_second": lengths.sum().item() / (rolled_out - began),
-        }
+        own = {"adapter/v": v.flatten().tolist()} if v.numel() <= V_IN_METRICS else {}
+        return head, {"adapter/norm": v.norm().item(), **own}
 
-    def _sampling(self) -> Sampling:
+    def sampling(self) -> Sampling:
         c = self.config
         return Sampling(c.max_completion_length, c.temperature, c.top_p, c.top_k, c.seed, self.text.eos_ids)
 
-    def _prompt_order(self) -> list[int]:
+    def prompt_order(self) -> list[int]:
         """This step's prompts: the next of the epoch's permutation."""
         epoch, place = divmod(self.step, self.steps_per_epoch)
         order = prng.permutation(len(self.train_rows), ORDER_STREAM, self.config.seed, epoch)
         return order[place * self.config.prompts_per_step : (place + 1) * self.config.prompts_per_step]
-
-    def _rewards(
-        self,
-        rows: list[Row],
-        completions: list[Completion],
-        answers: list[str],
-        verdicts: list[Verdict],
-        extra: dict[str, float],
-    ) -> Tensor:
-        """(completions,) float64, NaN where the function said None; what it and the exact match log goes into `extra`."""
-        c = self.config
-        if verdicts:
-            extra["accuracy"] = sum(v.right[c.extractor] for v in verdicts) / len(verdicts)
-        if verdicts and c.dataset != "builtin":  # whose completions have one format only
-            extra.update({f"accuracy/{e}": sum(v.right[e] for v in verdicts) / len(verdicts) for e in ("strict", "flexible")})
-            extra.update({f"grader/{why}": sum(v.failure == why for v in verdicts) for why in ("timeout", "crash")})
-        if c.reward is None:
-            rewards = [float(v.right[c.extractor]) for v in verdicts]
-        elif c.reward == "random":
-            rewards = random_rewards(len(completions), c.seed, self.step)
-        elif c.reward == "format-only":
-            rewards = [float(v.answers["strict"] is not None) for v in verdicts]
-        else:
-            rewards = self._own_rewards(rows, completions, answers, extra)
-        return torch.tensor(rewards, dtype=torch.float64)
-
-    def _own_rewards(
-        self, rows: list[Row], completions: list[Completion], answers: list[str], extra: dict[str, float]
-    ) -> list[float]:
-        """What the user's function says."""
-        assert self.reward is not None
-        repeated = [row for row in rows for _ in range(self.config.num_generations)]
-        logged: dict[str, list[float]] = {}
-        columns: dict[str, Any] = {key: [row.get(key) for row in repeated] for key in rows[0] if key != "prompt"}
-        rewards = call_reward(
-            self.reward,
-            len(completions),
-            prompts=[row["prompt"] for row in repeated],
-            completions=[[{"role": "assistant", "content": answer}] for answer in answers],
-            completion_ids=[c.tokens for c in completions],
-            trainer_state=SimpleNamespace(global_step=self.step, max_steps=self.max_steps),
-            log_extra=lambda column, values: None,  # TRL's table of completions is not written here
-            log_metric=lambda name, value: logged.setdefault(name, []).append(float(value)),
-            **columns,
-        )
-        extra.update({name: sum(values) / len(values) for name, values in logged.items()})
-        return rewards
 
     def _schedule(self, step: int) -> float:
         """The learning rate's factor at 0-based `step`."""
@@ -314,7 +209,7 @@ class Trainer:
         if stored is not None:
             return Scores(**stored)
         with torch.no_grad():
-            matrices = self.adapter.matrices() if step else None  # step 0 is the base model
+            matrices = self.policy.matrices() if step else None  # step 0 is the base model
         tqdm.write(f"step {step}: evaluating on {len(self.test_rows)} held-out problems")
         scores = self._scores(self.test_rows, matrices)
         self.run_directory.save_evaluation(step, dataclasses.asdict(scores))
@@ -338,11 +233,11 @@ class Trainer:
         if self.step in before:
             return
         with torch.no_grad():
-            matrices = self.adapter.matrices() if self.step else None  # step 0 is the base model
+            matrices = self.policy.matrices() if self.step else None  # step 0 is the base model
         metrics = self._scores(self.validation_rows, matrices).metrics()
         row = {"step": self.step, **{name.replace("eval/", "validation/"): value for name, value in metrics.items()}}
         if before and row[VALIDATION] > max(before.values()):
-            self.adapter.save(self.run_directory.path / "best")
+            self.policy.save(self.run_directory.path / "best")
             write_text(self.run_directory.path / "best" / "validation.json", json.dumps(row) + "\n")
         self.run_directory.append(row)
 
@@ -354,23 +249,62 @@ class Trainer:
         return step or None
 
     def _save_checkpoint(self, row: Row) -> None:
-        state = self.optimizer.state[self.adapter.v]
-        tensors = {"v": self.adapter.v, **{f"adam.{k}": state[k] for k in ("step", "exp_avg", "exp_avg_sq")}}
+        named = self.policy.named_parameters()
+        tensors = dict(named)
+        for name, p in named.items():
+            tensors |= {f"adam.{k}.{name}": self.optimizer.state[p][k] for k in ("step", "exp_avg", "exp_avg_sq")}
         self.run_directory.save_checkpoint(tensors, row)
 
+    @torch.no_grad()
     def _restore(self, tensors: dict[str, Tensor], row: Row) -> None:
-        self.adapter.load_v(tensors["v"])
-        state = {k.removeprefix("adam."): t for k, t in tensors.items() if k.startswith("adam.")}
-        self.optimizer.state[self.adapter.v] = {k: t if k == "step" else t.to(self.adapter.v) for k, t in state.items()}
+        for name, p in self.policy.named_parameters().items():
+            p.copy_(tensors[name])
+            state = {k: tensors[f"adam.{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {k: t if k == "step" else t.to(p) for k, t in state.items()}
         self.step, self.num_tokens = row["step"], row["num_tokens"]
 
 
-def _number(x: Tensor) -> float | None:
-    """JSON has no NaN."""
-    return None if x.isnan() else x.item()
+STEPS = {"grpo": grpo_step, "sft": sft_step, "es": es_step}
+
+
+def train_together(trainers: Sequence[Trainer]) -> None:
+    """Run trainers of one base, and of one config but for seeds and learning rates, to their ends: one, or a population.
+
+    Ctrl-C ends them after a whole step; a second one interrupts."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        if trainers[0].stop:
+            raise KeyboardInterrupt
+        for t in trainers:
+            t.stop = True
+        tqdm.write("finishing this step; Ctrl-C again to drop it")
+
+    first = trainers[0]
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        for t in trainers:
+            t._evaluate_if_due()
+        progress = tqdm(total=first.max_steps, initial=first.step, desc="train", unit="step", dynamic_ncols=True)
+        while running := [t for t in trainers if t.running]:
+            for t, row in zip(running, STEPS[first.config.algorithm](running), strict=True):
+                t.record(row)
+            if running[0].step % first.config.logging_steps == 0:
+                progress.set_postfix_str(_progress_line(running[0].last_step))
+            progress.update()
+        progress.close()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if first.grader is not None:
+            first.grader.close()
+    for t in trainers:
+        t.policy.save(t.run_directory.path / "adapter")
 
 
 def _progress_line(row: Row) -> str:
+    speed = f"{row['tokens_per_second']:,.0f} tok/s"
+    norm = f"|v| {row['adapter/norm']:.3f}, " if "adapter/norm" in row else ""
+    if "frac_reward_zero_std" not in row:
+        return f"loss {row['loss']:.4f}, {norm}{speed}"
     dead = row["frac_reward_zero_std"]
     if dead == 1:
         right = row["frac_reward_zero_std/all_right"]
@@ -379,6 +313,5 @@ def _progress_line(row: Row) -> str:
     else:
         said = f"{dead:.0%} dead groups"
     reward = "none" if row["reward"] is None else f"{row['reward']:.3f}"
-    speed = f"{row['tokens_per_second']:,.0f} tok/s"
     accuracy = f"accuracy {row['accuracy']:.1%}, " if "accuracy" in row else ""
-    return f"reward {reward}, {accuracy}{said}, |v| {row['adapter/norm']:.3f}, {speed}"
+    return f"reward {reward}, {accuracy}{said}, {norm}{speed}"

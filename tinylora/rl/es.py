@@ -1,0 +1,55 @@
+"""Evolution strategies: training without a backward pass, because every row of a rollout may carry its own adapter.
+
+    row i is rolled out with v + sigma eps_i      eps in pairs +eps, -eps on the same prompt
+    g = -mean_i A_i eps_i / sigma                 the gradient that Adam descends
+
+There are no log-probs to compare, no activations and no autograd: a step is a rollout.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tinylora import prng
+from tinylora.adapter import Adapter
+from tinylora.model.decoder import Matrices
+from tinylora.rl.advantages import compute_advantages
+from tinylora.rl.step import Clock, dead_groups, draw, finish, length_metrics, reward_metrics, roll_out
+from tinylora.rl.tasks import Row
+
+if TYPE_CHECKING:
+    from tinylora.rl.trainer import Trainer
+
+NOISE_STREAM = 0xE5  # names the stream of eps
+
+
+def noise(v: Tensor, rows: int, seed: int, step: int) -> Tensor:
+    """eps (rows, groups, u) in v's dtype: rows 2k and 2k + 1 are each other's negative."""
+    half = prng.normal((rows // 2, *v.shape), NOISE_STREAM, seed, step).to(v)
+    return torch.stack([half, -half], 1).flatten(0, 1)
+
+
+@torch.no_grad()
+def es_step(trainers: Sequence["Trainer"]) -> list[Row]:
+    """One step of each run; returns their metrics rows."""
+    c, clock, shares = trainers[0].config, Clock(), draw(trainers)
+    eps: list[Tensor] = []
+    each: list[Matrices] = []
+    for s in shares:
+        adapter = s.trainer.policy
+        assert isinstance(adapter, Adapter)
+        eps.append(noise(adapter.v, s.count, s.trainer.config.seed, s.trainer.step))
+        each.append(adapter.matrices(adapter.v + c.sigma * eps[-1]))
+    matrices = [None if m[0] is None else torch.cat([x for x in m if x is not None]) for m in zip(*each, strict=True)]
+    roll_out(shares, matrices, clock, own_rows=True)
+    rows = []
+    for s, e in zip(shares, eps, strict=True):
+        advantages = compute_advantages(s.rewards, c.num_generations, c.scale_rewards)
+        adapter = s.trainer.policy
+        assert isinstance(adapter, Adapter)
+        adapter.v.grad = -torch.einsum("i,igu->gu", advantages.values.to(e), e) / (len(e) * c.sigma)
+        rows.append({**s.trainer.descend(), **reward_metrics(s), **dead_groups(advantages), **length_metrics(s)})
+    clock.mark()
+    return [finish(s, clock, row) for s, row in zip(shares, rows, strict=True)]
