@@ -30,7 +30,7 @@ def parse(arguments: list[str]) -> TrainConfig:
     else:
         plain = {"model": "builtin", "method": "tinylora", "algorithm": "grpo"}
         chosen = {name: split_flag(arguments, f"--{name}")[0] or settings.get(name, usual) for name, usual in plain.items()}
-        settings = {**preset(**chosen), **({"max_steps": -1} if epochs else {}), **settings}
+        settings = {**preset(**chosen), **chosen, **({"max_steps": -1} if epochs else {}), **settings}
     program = "python -m tinylora.train"
     return tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**settings), prog=program)
 

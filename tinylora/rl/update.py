@@ -250,7 +250,7 @@ def hidden_states(
     part: Sequence[int],
     owners: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    """What `score` takes log-probs of: the completions' tokens (tokens,), and the hidden states (tokens, hidden) before them."""
+    """The hidden states (tokens, hidden) that predict the completions' tokens, and these (tokens,): what `score` looks at."""
     keys = [(0 if owners is None else owners[i], tuple(prompts[i])) for i in part]
     distinct = list(dict.fromkeys(keys))
     number = {key: n for n, key in enumerate(distinct)}
