@@ -26,7 +26,8 @@ class Baseline:
         from transformers import AutoModelForCausalLM  # takes seconds to import
 
         self.model, self.method = model, method
-        network: Any = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32).to(model.device).eval()
+        network: Any = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32)
+        network = network.to(model.device).eval()
         if method == "lora":
             try:
                 from peft import LoraConfig, get_peft_model
@@ -71,10 +72,10 @@ class Baseline:
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         with self.network.disable_adapter() if off else nullcontext():
             logits = self.network(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, L, vocab)
-        row = torch.tensor([i for i, c in enumerate(completions) for _ in c])
+        index = torch.tensor([i for i, c in enumerate(completions) for _ in c])
         place = torch.tensor([len(p) + j for p, c in zip(prompts, completions, strict=True) for j in range(len(c))])
-        targets = ids[row, place]  # (tokens,)
-        logp = (logits[row, place - 1] / temperature).log_softmax(-1)  # (tokens, vocab)
+        targets = ids[index, place]  # (tokens,)
+        logp = (logits[index, place - 1] / temperature).log_softmax(-1)  # (tokens, vocab)
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         return logp.gather(1, targets[:, None]).squeeze(1), entropy, logp.detach().argmax(-1) == targets
 

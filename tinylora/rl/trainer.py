@@ -23,7 +23,7 @@ from tinylora.adapter import Adapter, base_hash
 from tinylora.errors import InputError
 from tinylora.files import write_text
 from tinylora.model import load_model
-from tinylora.model.decoder import Matrices
+from tinylora.model.decoder import Decoder, Matrices
 from tinylora.rl.baselines import Baseline
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.consistency import fix_capacity
@@ -53,6 +53,13 @@ class Trainer:
         own = config.reward not in (None, *CONTROLS)
         self.reward = load_reward(config.reward or "") if own else None
         self.reward_name = getattr(self.reward, "__name__", "reward") if own else (config.reward or "accuracy")
+        self.model: Decoder
+        self.text: Text
+        self.grader: Grader | None
+        self.prompts: list[list[int]] = []  # of all rows
+        self.train_rows: list[Row]
+        self.test_rows: list[Row]
+        self.validation_rows: list[Row]
         if like is None:
             self._load(own)
         else:
@@ -104,7 +111,6 @@ class Trainer:
         # The built-in task's answers are plain numbers, and need no process of their own.
         pool = GraderPool() if task.has_answers and config.dataset != "builtin" else None
         self.grader = Grader(task.answer_format, pool) if task.has_answers else None
-        self.prompts: list[list[int]] = []  # of all rows below
         self.train_rows = self._fitting(task.train, "training")
         self.test_rows = self._fitting(task.test[: config.eval_size], "test") if task.has_answers else []
         held_out = min(config.validation_size, len(self.train_rows) // 10) if config.eval_steps and task.has_answers else 0
