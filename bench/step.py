@@ -44,7 +44,7 @@ def peers(ours: Trainer, directory: Path, steps: int, on_round: Any) -> None:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(model, TinyLoraConfig(r=2, u=13, weight_tying=1.0, target_modules=targets))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == ours.adapter.num_parameters, trained
+    assert trained == ours.policy.num_parameters, trained
     rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in ours.train_rows[: PROMPTS * (steps + 1)]]
     reward = accuracy_reward("strict")
     lengths: list[float] = []
@@ -119,7 +119,7 @@ def main() -> None:
         def on_round(trl_seconds: float, trl_length: float, peer: Any) -> None:
             state["round"] += 1
             row = ours._train_step() if state["round"] % 2 else None  # in turns: what comes second finds warm caches
-            prompts = [ours.text.prompt(r["prompt"]) for r in (ours.train_rows[i] for i in ours._prompt_order())]
+            prompts = [ours.text.prompt(r["prompt"]) for r in (ours.train_rows[i] for i in ours.prompt_order())]
             padded = peer.tokenizer.pad({"input_ids": [p for p in prompts for _ in range(GENERATIONS)]}, return_tensors="pt")
             began = time.perf_counter()
             with torch.no_grad():

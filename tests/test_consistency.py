@@ -79,19 +79,19 @@ def test_evidently_another_policy_stops():
 
 def test_a_rollout_of_the_base_model_stops_training(tmp_path, monkeypatch):
     """What a silently unsynchronised engine would do: sample from the base while v is far from 0."""
-    from tinylora.rl import trainer as trainer_module
+    from tinylora.rl import step as step_module
 
     small = {"prompts_per_step": 4, "num_generations": 4, "max_steps": 3, "eval_size": 0, "output_dir": str(tmp_path / "run")}
     trainer = Trainer(TrainConfig(**BUILTIN_PRESET | small))
     with torch.no_grad():
-        trainer.adapter.v += 0.1
+        trainer.policy.v += 0.1
     trainer._train_step()
     stale = lambda model, matrices, *a, **k: rollout(model, None, *a, **k)  # noqa: E731
-    monkeypatch.setattr(trainer_module, "rollout", stale)
-    v = trainer.adapter.v.detach().clone()
+    monkeypatch.setattr(step_module, "rollout", stale)
+    v = trainer.policy.v.detach().clone()
     with pytest.raises(InputError, match="not sampled from the adapter"):
         trainer._train_step()
-    assert torch.equal(trainer.adapter.v, v), "nothing was learned from it"
+    assert torch.equal(trainer.policy.v, v), "nothing was learned from it"
 
 
 def test_training_with_exact(tmp_path):

@@ -18,7 +18,7 @@ from tinylora import evaluate, train
 from tinylora.adapter import load_adapter
 from tinylora.errors import InputError
 from tinylora.model import load_model
-from tinylora.rl import trainer as trainer_module
+from tinylora.rl import step as step_module
 from tinylora.rl.grader_pool import GraderPool
 from tinylora.rl.rewards import random_rewards
 from tinylora.rl.run_directory import CLOCK_METRICS
@@ -271,7 +271,7 @@ def test_twenty_steps_of_gsm8k_through_the_graders_processes(tmp_path, text_mode
     texts = [json.loads(line) for line in (GSM8K / "train.jsonl").read_text().splitlines()[:200]]
     model = text_model([row["question"] + row["answer"] for row in texts])
     during, all_of_them = [], []
-    submit, roll_out = GraderPool.submit, trainer_module.rollout
+    submit, roll_out = GraderPool.submit, step_module.rollout
     generating = [False]
 
     def watched(self, *job):
@@ -287,7 +287,7 @@ def test_twenty_steps_of_gsm8k_through_the_graders_processes(tmp_path, text_mode
             generating[0] = False
 
     monkeypatch.setattr(GraderPool, "submit", watched)
-    monkeypatch.setattr(trainer_module, "rollout", noted)
+    monkeypatch.setattr(step_module, "rollout", noted)
     flags = ["--model", str(model), "--data", str(GSM8K), "--max-steps", "20", "--max-completion-length", "128", "--n-tie", "4"]
     flags += [
         "--eval-size",

@@ -57,6 +57,7 @@ class TinyLoRAConfig:
     projection_seed: int | None = None  # None: seed
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     basis: Literal["top", "bottom", "random"] = "top"
+    projection: Literal["random", "identity"] = "random"  # identity: P_i are the unit matrices, so that v is M: LoRA-XS
 
     def __post_init__(self) -> None:
         for name in ("r", "u"):
@@ -68,6 +69,8 @@ class TinyLoRAConfig:
             raise InputError(f"--tie-mode {self.tie_mode}: choose tiled or structured")
         if self.param_dtype not in _DTYPES:
             raise InputError(f"--param-dtype {self.param_dtype}: choose one of {', '.join(_DTYPES)}")
+        if self.projection not in ("random", "identity") or (self.projection == "identity" and self.u != self.r**2):
+            raise InputError(f"projection {self.projection}: choose random, or identity with u = r * r")
         if self.basis not in BASES:
             raise InputError(f"--basis {self.basis}: choose one of {', '.join(BASES)}")
         if isinstance(self.target_modules, str) or not self.target_modules:
@@ -226,6 +229,10 @@ class Adapter:
     def num_parameters(self) -> int:
         return self.v.numel()
 
+    def named_parameters(self) -> dict[str, Tensor]:
+        """What an optimizer gets, by its name in a checkpoint."""
+        return {"v": self.v}
+
     def stored_v(self, v: Tensor | None = None) -> Tensor:
         """v as saved and as used: rounded to param_dtype, with the gradient passed straight through. fp32."""
         return stored(self.v if v is None else v, self.config)
@@ -371,6 +378,7 @@ def _read_own(path: Path, described: Any, tensors: dict[str, Tensor], base: Base
     ):
         raise InputError(f"--adapter {path}: not a tinylora adapter of format version {FORMAT_VERSION}")
     names = [f.name for f in dataclasses.fields(TinyLoRAConfig)]
+    described.setdefault("projection", "random")  # older files do not say
     lacking = {*names, "base_model_hash", "base_model_name_or_path", "projection_hash", "modules"} - described.keys()
     if lacking:
         raise InputError(f"--adapter {path}: adapter_config.json lacks {', '.join(sorted(lacking))}")
@@ -408,6 +416,8 @@ def _read_own(path: Path, described: Any, tensors: dict[str, Tensor], base: Base
 def _projection(config: TinyLoRAConfig, module: str) -> Tensor:
     """P (u, r, r) of one module. Its stream is named by the seed and the module's place among all seven projections of
     every layer, so that adapting fewer modules does not change the others' P; other modules are named by their names."""
+    if config.projection == "identity":
+        return torch.eye(config.u).view(config.u, config.r, config.r)
     layer = re.match(r"model\.layers\.(\d+)\.", module)
     projection = module.rsplit(".", 1)[-1]
     if layer and projection in PROJECTIONS and module == module_name(int(layer[1]), projection):

@@ -35,7 +35,7 @@ from typing import Any
 from tinylora.cli import run_command, table
 from tinylora.errors import InputError
 from tinylora.files import write_text
-from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
+from tinylora.rl.config import TrainConfig, preset
 
 CHOICE_SEED = 1000  # of the runs that choose settings: away from those that are reported
 CHOICE_RUNS = 2
@@ -118,10 +118,11 @@ def _combinations(axes: dict[str, list[Any]]) -> list[dict[str, Any]]:
 
 def config(settings: dict[str, Any], seed: int, where: Path, output_dir: str | None = None) -> TrainConfig:
     """A run's settings. InputError that names the study where they are refused."""
-    preset = BUILTIN_PRESET if settings.get("model", "builtin") == "builtin" else {}
+    plain = {"model": "builtin", "method": "tinylora", "algorithm": "grpo"}
+    usual = preset(**{name: settings.get(name, value) for name, value in plain.items()})
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     try:
-        return TrainConfig(**preset | values | {"seed": seed, "projection_seed": seed, "output_dir": output_dir})
+        return TrainConfig(**usual | values | {"seed": seed, "projection_seed": seed, "output_dir": output_dir})
     except (InputError, TypeError) as error:
         raise InputError(f"{where}: {error}") from None
 
@@ -139,7 +140,7 @@ def run_job(jobs: list[TrainConfig], threads: int) -> None:
     torch.set_num_threads(threads)
     missing = [_resumed(c) for c in jobs if not finished(c)]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        if len(missing) > 1:
+        if len(missing) > 1 and missing[0].method in ("tinylora", "lora_xs"):
             train_population(missing)
         else:
             for each in missing:

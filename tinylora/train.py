@@ -1,4 +1,4 @@
-"""python -m tinylora.train: train a handful of numbers by GRPO. `--help` lists every setting."""
+"""python -m tinylora.train: train a handful of numbers on a frozen model. `--help` lists every setting."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import tyro
 from tinylora.cli import read_settings, run_command, split_flag
 from tinylora.errors import InputError
 from tinylora.model.loader import resolve_model
-from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
+from tinylora.rl.config import TrainConfig, preset
 from tinylora.rl.evaluation import summary
 from tinylora.rl.plan import dry_run, first_row
 from tinylora.rl.text import Text
@@ -20,7 +20,6 @@ def parse(arguments: list[str]) -> TrainConfig:
     """Flags over the --config file over, with --resume, the run's own settings, over the model's preset."""
     arguments = [dashed(a) for a in arguments]
     path, arguments = split_flag(arguments, "--config")
-    model, _ = split_flag(arguments, "--model")
     output_dir, _ = split_flag(arguments, "--output-dir")
     epochs, _ = split_flag(arguments, "--num-train-epochs")
     settings: dict[str, Any] = read_settings(path, TrainConfig) if path else {}
@@ -28,8 +27,10 @@ def parse(arguments: list[str]) -> TrainConfig:
         if output_dir is None:
             raise InputError("--resume needs --output-dir, the run to continue")
         settings = {**_stored_settings(Path(output_dir)), **settings}
-    elif (model or settings.get("model", "builtin")) == "builtin":
-        settings = {**BUILTIN_PRESET, **({"max_steps": -1} if epochs else {}), **settings}
+    else:
+        plain = {"model": "builtin", "method": "tinylora", "algorithm": "grpo"}
+        chosen = {name: split_flag(arguments, f"--{name}")[0] or settings.get(name, usual) for name, usual in plain.items()}
+        settings = {**preset(**chosen), **chosen, **({"max_steps": -1} if epochs else {}), **settings}
     program = "python -m tinylora.train"
     return tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**settings), prog=program)
 
@@ -49,10 +50,10 @@ def _stored_settings(path: Path) -> dict[str, Any]:
 
 
 def describe(trainer: Trainer) -> str:
-    c, count = trainer.config, trainer.adapter.num_parameters
+    c, count = trainer.config, trainer.policy.num_parameters
     batch = f"{c.prompts_per_step} prompts x {c.num_generations} completions"
     return (
-        f"training {count} number{'s' if count > 1 else ''} on {c.model} ({len(trainer.adapter.group_of)} modules), "
+        f"training {count} number{'s' if count > 1 else ''} ({c.method}, {c.algorithm}) on {c.model}, "
         f"{c.dataset}, {trainer.max_steps} steps of {batch}, into {trainer.run_directory.path}"
     )
 
@@ -87,8 +88,8 @@ def main(arguments: list[str]) -> int:
         best = trainer.best_step()
         said = f"step {best}, in {path / 'best'}" if best else "the base; there is no best/"
         print(f"\nbest on held-out training rows: {said}")
-    size = sum(t.numel() * t.element_size() for t in [trainer.adapter.v])
-    print(f"\n{trainer.adapter.num_parameters} trained numbers ({size} bytes) in {path / 'adapter'}")
+    size = sum(t.numel() * t.element_size() for t in trainer.policy.named_parameters().values())
+    print(f"\n{trainer.policy.num_parameters} trained numbers ({size} bytes) in {path / 'adapter'}")
     return 0
 
 

@@ -43,6 +43,15 @@ class Problem:
             total += change
         return f"{' '.join(steps)} #### {total}"
 
+    @property
+    def foreign(self) -> str:
+        """The same steps told as a story, which is not how the base writes them; in its own words."""
+        said, total = [f"{self.name} has {self.start} {self.thing}."], self.start
+        for change in self.changes:
+            total += change
+            said += [f"{'Gets' if change > 0 else 'Loses'} {abs(change)}.", f"{self.name} has {total} {self.thing}."]
+        return f"{' '.join(said)} #### {total}"
+
     def hasty(self, rng: random.Random) -> str:
         return f"#### {max(0, self.answer + rng.randint(-9, 9))}"
 
@@ -69,10 +78,12 @@ def problems(split: str, seed: int) -> Iterator[Problem]:
 
 
 def rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
-    """`count` distinct problems as GSM8K-shaped rows: {"question", "answer"}, the answer ending in "#### n"."""
+    """`count` distinct problems as GSM8K-shaped rows: {"question", "answer"}, the answer ending in "#### n"; and "foreign"."""
     found: dict[str, dict[str, str]] = {}
     for problem in problems(split, seed):
         if len(found) == count:
             break
-        found.setdefault(problem.question, {"question": problem.question, "answer": problem.careful})
+        found.setdefault(
+            problem.question, {"question": problem.question, "answer": problem.careful, "foreign": problem.foreign}
+        )
     return list(found.values())

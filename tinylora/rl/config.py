@@ -27,6 +27,24 @@ BUILTIN_PRESET: dict[str, Any] = {
     "scale_rewards": "batch",
 }
 
+# Where nothing is said: full at a tenth of LoRA's rate (Schulman et al. 2025); on the built-in base larger ones.
+LEARNING_RATES = {"lora": 1e-5, "full": 1e-6}
+BUILTIN_LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
+
+
+def preset(model: str, method: str, algorithm: str) -> dict[str, Any]:
+    """The defaults of a run with this model, method and algorithm, beside those of TrainConfig."""
+    builtin = model == "builtin"
+    settings = dict(BUILTIN_PRESET) if builtin else {}
+    rates = BUILTIN_LEARNING_RATES if builtin else LEARNING_RATES
+    if method in rates:
+        settings["learning_rate"] = rates[method]
+    if algorithm == "es":
+        settings["temperature"] = 0.0
+    if algorithm == "sft" and builtin:  # as many examples a step as GRPO samples
+        settings |= {"prompts_per_step": 128, "num_generations": 1}
+    return settings
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -52,10 +70,19 @@ class TrainConfig:
     extractor: Literal["strict", "flexible"] = "strict"
     """How an answer is read for the reward: strict in the format asked for; flexible the last \\boxed, else the last number."""
 
+    algorithm: Literal["grpo", "sft", "es"] = "grpo"
+    """grpo; sft: next-token loss on solutions; es: evolution strategies, one perturbed adapter a row, no backward pass."""
+    method: Literal["tinylora", "lora_xs", "lora", "full"] = "tinylora"
+    """What is trained: tinylora; lora_xs: a whole r x r core for each module; lora (PEFT) and full: plain baselines."""
+    sigma: float = 0.02
+    """ES: standard deviation of the perturbations of v."""
+    sft_data: Literal["given", "own", "foreign"] = "given"
+    """SFT on the rows' solutions; on the base's own correct samples; or (builtin) on solutions in a style foreign to it."""
+
     r: int = 2
-    """Rank of the frozen factors."""
+    """Rank of the frozen factors; of LoRA."""
     u: int = 1
-    """Trained numbers per group."""
+    """Trained numbers per group. (Like n_tie and tie_mode, of tinylora alone.)"""
     n_tie: int | Literal["all"] = 16
     """Modules that share one group's numbers; "all" is a single group."""
     tie_mode: Literal["tiled", "structured"] = "tiled"
@@ -67,11 +94,6 @@ class TrainConfig:
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision v is used and stored in; the optimizer's copy is float32."""
 
-    algorithm: Literal["grpo", "es"] = "grpo"
-    """grpo: by the gradient of the sampled tokens. es: evolution strategies; every completion is decoded greedily under its own
-    perturbation of v, and there is no backward pass."""
-    sigma: float = 0.02
-    """Standard deviation of ES's perturbations of v."""
     learning_rate: float = 2e-4
     """Adam's. 2e-4 suits 13 numbers on a 7B model; scale as 1/sqrt(u). (TRL's 1e-6 would not move v.)"""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
@@ -175,17 +197,20 @@ class TrainConfig:
                 raise InputError(f"{flag(name)} {getattr(self, name)}: it must not be negative")
         if self.microbatch_tokens is not None and self.microbatch_tokens < 1:
             raise InputError(f"--microbatch-tokens {self.microbatch_tokens}: it must be at least 1")
-        if self.num_generations < 2:
+        if self.method in ("lora", "full"):
+            if self.algorithm == "es":
+                raise InputError(f"--algorithm es perturbs an adapter in every row, --method {self.method} has none there")
+            if self.exact or self.param_dtype != "float32":
+                raise InputError(f"--exact and --param-dtype are for --method tinylora and lora_xs, not {self.method}")
+            if self.method == "full" and self.beta > 0:
+                raise InputError("--beta with --method full would need a second model: use 0")
+        if self.algorithm == "es" and (self.beta > 0 or self.num_generations % 2 or self.sigma <= 0):
+            raise InputError("--algorithm es needs --beta 0, an even --num-generations (pairs) and a positive --sigma")
+        if self.sft_data == "foreign" and self.dataset != "builtin":
+            raise InputError("--sft-data foreign: only the builtin task has solutions in another style")
+        if self.num_generations < (1 if self.algorithm == "sft" else 2):
             raise InputError(f"--num-generations {self.num_generations}: an advantage needs at least 2 completions a prompt")
-        if self.algorithm == "es" and self.num_generations % 2:
-            raise InputError(
-                f"--num-generations {self.num_generations}: --algorithm es perturbs in pairs and needs an even number"
-            )
-        if self.algorithm == "es" and self.beta > 0:
-            raise InputError("--beta: --algorithm es has no log-probs to hold to the base's; leave it out")
-        if self.sigma <= 0:
-            raise InputError(f"--sigma {self.sigma}: it must be positive")
-        if self.temperature <= 0:
+        if self.temperature <= 0 and not (self.algorithm == "es" and self.temperature == 0):
             raise InputError(f"--temperature {self.temperature}: training samples, so it must be positive")
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top-p {self.top_p}: it must be in (0, 1]")
@@ -198,11 +223,13 @@ class TrainConfig:
 
     @property
     def adapter(self) -> TinyLoRAConfig:
+        xs = self.method == "lora_xs"
         return TinyLoRAConfig(
             r=self.r,
-            u=self.u,
-            n_tie=self.n_tie,
-            tie_mode=self.tie_mode,
+            u=self.r**2 if xs else self.u,
+            n_tie=1 if xs else self.n_tie,
+            tie_mode="tiled" if xs else self.tie_mode,
+            projection="identity" if xs else "random",
             target_modules=tuple(self.target_modules),
             seed=self.seed,
             projection_seed=self.projection_seed,

@@ -43,7 +43,7 @@ def fix_capacity(adapter: Adapter, prompts: Sequence[Sequence[int]], sampling: S
         raise InputError("--exact works on a CPU only so far: add --device cpu, or leave it out")
     longest = max(map(len, prompts)) + sampling.max_completion_length
     model.capacity = longest + -longest % NARROW
-    few = Sampling(min(24, sampling.max_completion_length), sampling.temperature, seed=sampling.seed)
+    few = Sampling(min(24, sampling.max_completion_length), sampling.temperature or 1.0, seed=sampling.seed)
     v = 0.05 * torch.randn(adapter.v.shape, generator=torch.Generator().manual_seed(0)).to(adapter.v)
     with torch.no_grad():
         matrices = adapter.matrices(v)

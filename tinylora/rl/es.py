@@ -1,25 +1,53 @@
-"""Evolution strategies: training without a backward pass (Salimans et al. 2017, arXiv 1703.03864).
+"""Evolution strategies: training without a backward pass, because every row of a rollout may carry its own adapter.
 
-    row i of the rollout decodes with v + sigma eps_i        g = 1 / (n sigma) sum_i A_i eps_i
+    row i is rolled out with v + sigma eps_i      eps in pairs +eps, -eps on the same prompt
+    g = -mean_i A_i eps_i / sigma                 the gradient that Adam descends
 
-An adapter is a few numbers a row, so every completion of a step carries its own perturbed one at no extra cost: no log-probs,
-no activations, no autograd. Completions 2j and 2j + 1 of a prompt carry +eps and -eps, so what both earn cancels.
+There are no log-probs to compare, no activations and no autograd: a step is a rollout.
 """
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tinylora import prng
+from tinylora.adapter import Adapter
+from tinylora.model.decoder import Matrices
+from tinylora.rl.step import Clock, dead_groups, draw, finish, length_metrics, reward_metrics, roll_out
+from tinylora.rl.tasks import Row
 
-NOISE_STREAM = 0xE5  # names the stream of the perturbations
+if TYPE_CHECKING:
+    from tinylora.rl.trainer import Trainer
+
+NOISE_STREAM = 0xE5  # names the stream of eps
 
 
-def perturbations(v: Tensor, count: int, seed: int, step: int) -> Tensor:
-    """eps (count, *v.shape) of a step, in antithetic pairs; count is even."""
-    half = prng.normal((count // 2, *v.shape), NOISE_STREAM, seed, step).to(v)
+def noise(v: Tensor, rows: int, seed: int, step: int) -> Tensor:
+    """eps (rows, groups, u) in v's dtype: rows 2k and 2k + 1 are each other's negative."""
+    half = prng.normal((rows // 2, *v.shape), NOISE_STREAM, seed, step).to(v)
     return torch.stack([half, -half], 1).flatten(0, 1)
 
 
-def estimate_gradient(noise: Tensor, advantages: Tensor, sigma: float) -> Tensor:
-    """What the optimizer descends, the reward's gradient with its sign turned: noise (n, *v.shape), advantages (n,)."""
-    return -torch.tensordot(advantages.to(noise), noise, 1) / (len(noise) * sigma)
+@torch.no_grad()
+def es_step(trainers: Sequence["Trainer"]) -> list[Row]:
+    """One step of each run; returns their metrics rows."""
+    clock, shares = Clock(), draw(trainers)
+    eps: list[Tensor] = []
+    each: list[Matrices] = []
+    for s in shares:
+        adapter = s.trainer.policy
+        assert isinstance(adapter, Adapter)
+        eps.append(noise(adapter.v, s.count, s.trainer.config.seed, s.trainer.step))
+        each.append(adapter.matrices(adapter.v + s.trainer.config.sigma * eps[-1]))
+    matrices = [None if m[0] is None else torch.cat([x for x in m if x is not None]) for m in zip(*each, strict=True)]
+    roll_out(shares, matrices, clock, own_rows=True)
+    rows = []
+    for s, e in zip(shares, eps, strict=True):
+        adapter, advantages = s.trainer.policy, s.advantages
+        assert isinstance(adapter, Adapter)
+        adapter.v.grad = -torch.einsum("i,igu->gu", advantages.values.to(e), e) / (len(e) * s.trainer.config.sigma)
+        rows.append({**s.trainer.descend(), **reward_metrics(s), **dead_groups(advantages), **length_metrics(s)})
+    clock.mark()
+    return [finish(s, clock, row) for s, row in zip(shares, rows, strict=True)]

@@ -53,38 +53,34 @@ def rollout(
     prompts: Sequence[Sequence[int]],
     generations: int,
     sampling: Sampling,
-    first_sequence: int | Sequence[int] = 0,  # number of the first sequence of all, or of each prompt
+    first_sequence: int = 0,
     row_adapter: Sequence[int] | None = None,  # adapter of each prompt, where matrices hold several
     *,
-    seeds: Sequence[int] | None = None,  # of each prompt, instead of the sampling's
     slots: int | None = None,  # sequences that decode at once; None: as many as pay and fit
     cache_bytes: int | None = None,  # for keys and values; None: CACHE_BYTES
     page_size: int | None = None,  # positions in a page; None: PAGE on a GPU, on a CPU one page a slot
     share_prompts: bool = True,  # prefill a prompt once for its samples; False: once for each
     expected: Sequence[float] | None = None,  # completion length of each prompt, longest first; None: longest prompt first
+    names: Sequence[tuple[int, int]] | None = None,  # seed and number of each sequence; None: the sampling's, and as below
     limits: Sequence[int] | None = None,  # tokens each sequence may get at most, where that is less than the sampling's
     watch: Callable[[int, list[int]], None] | None = None,  # called with (sequence of the call, all its tokens) as they come
     on_completion: Callable[[int, Completion], None] | None = None,  # called with each as it ends, while others still run
     usage: Usage | None = None,  # counted into
 ) -> list[Completion]:
-    """`generations` completions of each prompt, prompt after prompt, numbered on from first_sequence: a sequence's draws depend
-    on its seed and its number alone.
+    """`generations` completions of each prompt, prompt after prompt. Sequence i of the call is number first_sequence + i.
 
     InputError where a prompt is empty, or the cache too small for one sequence.
     """
     if not all(prompts):
         raise InputError(f"prompt {[bool(p) for p in prompts].index(False)} is empty; a prompt needs at least one token")
-    if isinstance(first_sequence, int):
-        first_sequence = range(first_sequence, first_sequence + len(prompts) * generations, generations)
     if not share_prompts:
-        first_sequence = [n + i for n in first_sequence for i in range(generations)]
-        seeds = None if seeds is None else [seed for seed in seeds for _ in range(generations)]
         prompts = [p for p in prompts for _ in range(generations)]
         row_adapter = None if row_adapter is None else [a for a in row_adapter for _ in range(generations)]
         expected = None if expected is None else [e for e in expected for _ in range(generations)]
         generations = 1
     run = _Rollout(model, matrices, prompts, generations, sampling, first_sequence, row_adapter)
-    run.limits, run.seeds = limits, seeds
+    run.limits = limits
+    run.names = names
     run.allocate(slots, cache_bytes or CACHE_BYTES[model.device.type], page_size, expected)
     return run.go(watch, on_completion, usage or Usage())
 
@@ -99,7 +95,7 @@ class _Rollout:
         prompts: Sequence[Sequence[int]],
         generations: int,
         sampling: Sampling,
-        first_sequence: Sequence[int],
+        first_sequence: int,
         row_adapter: Sequence[int] | None,
     ) -> None:
         self.model, self.matrices, self.sampling = model, matrices, sampling
@@ -110,7 +106,7 @@ class _Rollout:
         # Prefilled prompts of which samples wait: keys and values of the tokens that fill no page, (layers, n, Hkv, D) each
         self.prompt_rows: dict[int, tuple[Tensor, Tensor]] = {}
         self.limits: Sequence[int] | None = None
-        self.seeds: Sequence[int] | None = None
+        self.names: Sequence[tuple[int, int]] | None = None
         self.row_of: dict[int, int] = {}  # a running sequence's row of the outputs
 
     def allocate(self, slots: int | None, bytes_: int, page_size: int | None, expected: Sequence[float] | None) -> None:
@@ -260,10 +256,11 @@ class _Rollout:
         live = [r for r in running if r is not None]
         rows = [self.free_rows.pop() for _ in live]
         self.row_of.update((r.sequence, row) for r, row in zip(live, rows, strict=True))
-        numbers = [self.first_sequence[r.group] + r.sequence - r.group * self.generations for r in live]
-        own = None if self.seeds is None else torch.tensor([self.seeds[r.group] for r in live], device=self.model.device)
-        seeds = self.sampling.seed if own is None else own
-        u = uniforms(seeds, torch.tensor(numbers, device=self.model.device), self.sampling.max_completion_length)
+        numbers = torch.tensor([self.first_sequence + r.sequence for r in live], device=self.model.device)
+        seeds: int | Tensor = self.sampling.seed
+        if self.names is not None:
+            seeds, numbers = torch.tensor([self.names[r.sequence] for r in live], device=self.model.device).unbind(1)
+        u = uniforms(seeds, numbers, self.sampling.max_completion_length)
         tokens = [self.prompts[r.group][-1] for r in live]
         adapters = [self.row_adapter[r.group] for r in live]
         most = self.sampling.max_completion_length

@@ -24,6 +24,11 @@ V_IN_METRICS = 1024  # trained numbers up to which each step's v is in its metri
 Row = dict[str, Any]
 
 
+def is_step(row: Row) -> bool:
+    """Whether a metrics row is a training step's, and not an evaluation's."""
+    return "step_time" in row
+
+
 class RunDirectory:
     def __init__(self, path: Path, about: Row, resume: bool) -> None:
         """Start a run in `path`, or take up the one that is there. `about` is what config.json says.
@@ -74,7 +79,7 @@ class RunDirectory:
                 break  # torn by the kill; nothing follows it
             if row["step"] <= step:
                 self.rows.append(row)
-        if self.checkpoint and not any(r["step"] == step and "reward" in r for r in self.rows):
+        if self.checkpoint and not any(r["step"] == step and is_step(r) for r in self.rows):
             self.rows.append(self.checkpoint[1])
         write_text(metrics, "".join(json.dumps(r) + "\n" for r in self.rows))
 

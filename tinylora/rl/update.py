@@ -1,4 +1,4 @@
-"""Update: score the step's live completions packed under a token budget, and accumulate the gradient of v.
+"""Update: score the step's live completions packed under a token budget, and accumulate the gradient of what is trained.
 
 A prompt is scored once for all its completions in a pack; they are its suffixes.
 
@@ -8,7 +8,7 @@ the same to the last bit of the arithmetic. The rollout's own log-probs are comp
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +20,9 @@ from tqdm import tqdm
 from tinylora.adapter import Adapter
 from tinylora.errors import InputError
 from tinylora.kernels.token_logprobs import token_logprobs
-from tinylora.model.decoder import Matrices
+from tinylora.model.decoder import Decoder, Matrices
 from tinylora.rl.advantages import Advantages
+from tinylora.rl.baselines import Baseline
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.loss import grpo_loss, token_weights
 from tinylora.rl.memory import MemoryPlan
@@ -38,85 +39,102 @@ class Batch:
     old_logps: dict[int, Tensor] = field(default_factory=dict)  # by completion: the first iteration's, for later ones
 
 
-def update(adapter: Adapter, batch: Batch, config: TrainConfig, plan: MemoryPlan) -> dict[str, float | None]:
-    """Add the gradient of the step's loss to adapter.v.grad; returns the metrics of its tokens, None where it had none.
+Policy = Adapter | Baseline
 
-    Without live completions there is no forward and the gradient is zero. Where memory runs out, the plan's microbatches
-    are halved and the rest goes on with those; InputError where one completion alone is too much.
+
+def update(policy: Policy, batch: Batch, config: TrainConfig, plan: MemoryPlan) -> dict[str, float | None]:
+    """Add the gradient of the step's loss to the policy's parameters; returns its tokens' metrics, None where it had none.
+
+    Without live completions there is no forward and the gradient is zero.
     """
-    lengths = [len(c.tokens) for c in batch.completions]
+    prompts, completions = batch.prompts, batch.completions
+    lengths = [len(c.tokens) for c in completions]
     if config.mask_truncated_completions:
-        lengths = [n if c.finished else 0 for n, c in zip(lengths, batch.completions, strict=True)]
+        lengths = [n if c.finished else 0 for n, c in zip(lengths, completions, strict=True)]
     used = [i for i, n in enumerate(lengths) if n and (config.beta > 0 or batch.advantages.live[i])]
-    if adapter.v.grad is None:
-        adapter.v.grad = torch.zeros_like(adapter.v)
-    stats, total = _Stats(), _Totals(lengths, sum(lengths))
-    parts = _microbatches(used, batch, plan.microbatch_tokens)
+    stats, total = _Stats(), sum(lengths)
+
+    def loss(part: list[int]) -> tuple[Tensor, Callable[[], None]]:
+        logp, entropy = policy_score(policy, prompts, completions, part, config.temperature)  # (tokens,) each
+        counts = torch.tensor([lengths[i] for i in part])
+        sampled = torch.tensor([x for i in part for x in completions[i].logprobs], dtype=logp.dtype, device=logp.device)
+        old = torch.cat([batch.old_logps[i] for i in part]) if part[0] in batch.old_logps else logp.detach()
+        ref = None
+        if config.beta > 0:
+            with torch.no_grad():
+                ref, _ = policy_score(policy, prompts, completions, part, config.temperature, off=True)
+        weights = token_weights(counts, config.loss_type, len(completions), total, config.max_completion_length)
+        terms = grpo_loss(
+            logp,
+            old,
+            sampled if config.importance_sampling_cap > 0 else None,
+            ref,
+            batch.advantages.values[part].repeat_interleave(counts).to(logp),
+            weights.to(logp),
+            config.epsilon,
+            config.epsilon if config.epsilon_high is None else config.epsilon_high,
+            config.beta,
+            config.importance_sampling_cap,
+        )
+
+        def done() -> None:
+            if config.num_iterations > 1:
+                batch.old_logps.update(zip(part, old.split(counts.tolist()), strict=True))
+            stats.add(
+                loss=terms.loss.detach().sum(),
+                entropy=entropy,
+                difference=(logp.detach() - sampled).abs(),
+                importance=(old - sampled).exp().clamp_max(config.importance_sampling_cap or math.inf),
+                low=terms.clipped_low,
+                high=terms.clipped_high,
+                kl=terms.kl,
+            )
+
+        return terms.loss.sum(), done
+
+    accumulate(policy, prompts, completions, used, plan, loss)
+    return stats.metrics(config)
+
+
+def accumulate(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],  # of each completion
+    completions: Sequence[Completion],
+    used: Sequence[int],  # the completions that count, by number
+    plan: MemoryPlan,
+    loss: Callable[[list[int]], tuple[Tensor, Callable[[], None]]],
+) -> None:
+    """Forward and backward of the `used` completions, part by part. loss(part) gives the part's loss, summable over parts, and
+    what to do once its gradient is in.
+
+    Where memory runs out, the plan's microbatches are halved and the rest goes on with those; InputError where one completion
+    alone is too much.
+    """
+    parameters = list(policy.named_parameters().values())
+    for x in parameters:
+        if x.grad is None:
+            x.grad = torch.zeros_like(x)
+    parts = _microbatches(used, prompts, completions, plan.microbatch_tokens)
     while parts:
-        before = adapter.v.grad.clone()
+        before = [x.grad.clone() for x in parameters if x.grad is not None]
         try:
-            with deterministic(adapter.model.device):
-                _microbatch(adapter, batch, parts[0], config, total, stats)
+            with deterministic(policy.model.device):
+                value, done = loss(parts[0])
+                value.backward()
         except torch.OutOfMemoryError:
-            adapter.v.grad = before
+            for x, grad in zip(parameters, before, strict=True):
+                x.grad = grad
             if len(parts[0]) == 1:
                 raise InputError(
-                    f"one completion of {lengths[parts[0][0]]} tokens is too much for the update's memory; "
+                    f"one completion of {len(completions[parts[0][0]].tokens)} tokens is too much for the update's memory; "
                     "lower --max-completion-length"
                 ) from None
             plan.microbatch_tokens //= 2
             tqdm.write(f"out of memory in the update: on with microbatches of {plan.microbatch_tokens} tokens")
-            parts = _microbatches([i for part in parts for i in part], batch, plan.microbatch_tokens)
+            parts = _microbatches([i for part in parts for i in part], prompts, completions, plan.microbatch_tokens)
         else:
+            done()
             parts.pop(0)
-    return stats.metrics(config)
-
-
-@dataclass
-class _Totals:
-    """Loss tokens of each completion of the step, and of all."""
-
-    lengths: list[int]
-    tokens: int
-
-
-def _microbatch(adapter: Adapter, batch: Batch, part: list[int], config: TrainConfig, total: _Totals, stats: "_Stats") -> None:
-    """Forward and backward of some completions."""
-    counts = torch.tensor([total.lengths[i] for i in part])
-    matrices = adapter.matrices()
-    logp, entropy = score(adapter, matrices, batch.prompts, batch.completions, part, config.temperature)
-    sampled = torch.tensor([x for i in part for x in batch.completions[i].logprobs], dtype=logp.dtype, device=logp.device)
-    old = torch.cat([batch.old_logps[i] for i in part]) if part[0] in batch.old_logps else logp.detach()
-    ref = None
-    if config.beta > 0:
-        with torch.no_grad():  # the adapter off: same weights, M = 0
-            off = [None if m is None else torch.zeros_like(m) for m in matrices]
-            ref, _ = score(adapter, off, batch.prompts, batch.completions, part, config.temperature)
-    weights = token_weights(counts, config.loss_type, len(total.lengths), total.tokens, config.max_completion_length)
-    terms = grpo_loss(
-        logp,
-        old,
-        sampled if config.importance_sampling_cap > 0 else None,
-        ref,
-        batch.advantages.values[part].repeat_interleave(counts).to(logp),
-        weights.to(logp),
-        config.epsilon,
-        config.epsilon if config.epsilon_high is None else config.epsilon_high,
-        config.beta,
-        config.importance_sampling_cap,
-    )
-    terms.loss.sum().backward()
-    if config.num_iterations > 1:
-        batch.old_logps.update(zip(part, old.split(counts.tolist()), strict=True))
-    stats.add(
-        loss=terms.loss.detach().sum(),
-        entropy=entropy,
-        difference=(logp.detach() - sampled).abs(),
-        importance=(old - sampled).exp().clamp_max(config.importance_sampling_cap or math.inf),
-        low=terms.clipped_low,
-        high=terms.clipped_high,
-        kl=terms.kl,
-    )
 
 
 @contextmanager
@@ -136,20 +154,36 @@ def deterministic(device: torch.device) -> Iterator[None]:
         settings.fill_uninitialized_memory = fill
 
 
-def _microbatches(used: list[int], batch: Batch, budget: int) -> list[list[int]]:
+def _microbatches(
+    used: Sequence[int], prompts: Sequence[Sequence[int]], completions: Sequence[Completion], budget: int
+) -> list[list[int]]:
     """Completions, prompt after prompt, cut so that each part stays within `budget` tokens with its prompts counted once.
     A completion that exceeds it alone is a part of its own."""
     parts: list[list[int]] = []
     size, prompt = 0, None
     for i in used:
-        own = len(batch.completions[i].tokens) - 1
-        new = own + (len(batch.prompts[i]) if batch.prompts[i] != prompt else 0)
+        own = len(completions[i].tokens) - 1
+        new = own + (len(prompts[i]) if prompts[i] != prompt else 0)
         if not parts or size + new > budget:
             parts.append([])
-            size, new = 0, own + len(batch.prompts[i])
+            size, new = 0, own + len(prompts[i])
         parts[-1].append(i)
-        size, prompt = size + new, batch.prompts[i]
+        size, prompt = size + new, prompts[i]
     return parts
+
+
+def policy_score(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Completion],
+    part: Sequence[int],
+    temperature: float,
+    off: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`score` of completions under a policy; `off`: under the base model."""
+    if isinstance(policy, Baseline):
+        return policy.score([prompts[i] for i in part], [completions[i].tokens for i in part], temperature, off)[:2]
+    return score(policy, None if off else policy.matrices(), prompts, completions, part, temperature)
 
 
 def score(
@@ -161,7 +195,18 @@ def score(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the completions' tokens, one after another, (tokens,) each; each prompt is packed once."""
-    model = adapter.model
+    hidden, targets = hidden_states(adapter.model, matrices, prompts, completions, part)
+    return token_logprobs(hidden, adapter.model.head, targets, temperature)
+
+
+def hidden_states(
+    model: Decoder,
+    matrices: Matrices | None,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Completion],
+    part: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The hidden states (tokens, hidden) that predict the completions' tokens, and these (tokens,): what `score` looks at."""
     distinct = list(dict.fromkeys(tuple(prompts[i]) for i in part))
     number = {p: n for n, p in enumerate(distinct)}
     ends = dict(zip(distinct, itertools.accumulate(map(len, distinct)), strict=True))
@@ -179,7 +224,7 @@ def score(
             prefixes.append(number[prompt])
     hidden = model.packed(torch.tensor(tokens, device=model.device), lengths, matrices, prefixes=prefixes)
     hidden = hidden.index_select(0, torch.tensor(rows, device=model.device))
-    return token_logprobs(hidden, model.head, torch.tensor(targets, device=model.device), temperature)
+    return hidden, torch.tensor(targets, device=model.device)
 
 
 class _Stats:

@@ -1,0 +1,186 @@
+"""The methods and SFT against oracles computed without this project: transformers, PEFT and the formula written out."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tinylora.adapter import Adapter, TinyLoRAConfig, load_adapter
+from tinylora.errors import InputError
+from tinylora.model import load_model
+from tinylora.rl.baselines import LORA_ALPHA, Baseline, decoder_tensors
+from tinylora.rl.config import TrainConfig, preset
+from tinylora.rl.memory import MemoryPlan
+from tinylora.rl.rollout import Completion
+from tinylora.rl.sft import sft_update
+from tinylora.rl.trainer import Trainer
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [5, 6, 7]]
+ANSWERS = [[20, 21, 22, 23], [30], [24, 25]]
+PLAN = MemoryPlan(0, 0, 0, 1, 10, 0)  # several parts
+KINDS = ["tinylora", "lora_xs", "lora", "full"]
+
+
+def trainer(tmp_path, **changes) -> Trainer:
+    small = {"max_steps": 3, "eval_size": 0, "prompts_per_step": 4, "num_generations": 4, "output_dir": str(tmp_path)}
+    chosen = {"method": changes.get("method", "tinylora"), "algorithm": changes.get("algorithm", "grpo")}
+    return Trainer(TrainConfig(**(preset("builtin", **chosen) | small | chosen | changes)))
+
+
+def hf_loss(network) -> torch.Tensor:
+    """Mean next-token loss by transformers' own labels."""
+    rows = [p + a for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])
+    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
+    labels = torch.full_like(ids, -100)
+    for i, (p, r) in enumerate(zip(PROMPTS, rows, strict=True)):
+        labels[i, len(p) : len(r)] = ids[i, len(p) : len(r)]
+    return network(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+
+def ours(policy):
+    for p in policy.named_parameters().values():
+        p.grad = None
+    return sft_update(policy, PROMPTS, [Completion(a, [], True) for a in ANSWERS], PLAN), {
+        n: p.grad for n, p in policy.named_parameters().items()
+    }
+
+
+def far(a, b) -> float:
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_lora_and_full_are_pefts_and_transformers(tiny_model, method):
+    """Loss and every gradient of SFT; and after a step the Decoder that rolls out is the model that was trained."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    path = tiny_model("qwen2")
+    model = load_model(str(path))
+    policy = Baseline(model, method, 2, ("q_proj", "down_proj"), seed=3)
+    network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    if method == "lora":
+        config = LoraConfig(r=2, lora_alpha=LORA_ALPHA, target_modules=["q_proj", "down_proj"])
+        network = get_peft_model(network, config)
+    with torch.no_grad():
+        for name, p in policy.named_parameters().items():
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+            dict(network.named_parameters())[name].copy_(p)
+    loss = hf_loss(network)
+    loss.backward()
+    metrics, gradients = ours(policy)
+    # both sides sum a few hundred fp32 products in their own order
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            assert far(gradients[name], p.grad) < 1e-4, name
+    policy.matrices()
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    with torch.no_grad():
+        assert far(model.logits(ids), network(ids).logits) < 1e-5
+
+
+def test_every_weight_has_its_place(tiny_model):
+    for family in ("qwen2", "qwen3", "llama"):
+        model = load_model(str(tiny_model(family)))
+        assert set(decoder_tensors(model)) == set(model.digests)
+
+
+def test_sft_of_the_adapter_is_the_merged_models(tiny_model):
+    """Loss and dv against autograd through transformers on W + B M A, with v as its leaf."""
+    from torch.func import functional_call
+    from transformers import AutoModelForCausalLM
+
+    path = tiny_model("qwen2")
+    adapter = Adapter(load_model(str(path)), TinyLoRAConfig(u=3, n_tie=4))
+    with torch.no_grad():
+        adapter.v += 0.1 * torch.randn(adapter.v.shape, generator=torch.Generator().manual_seed(0))
+    network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    weights, v = dict(network.named_parameters()), adapter.v.detach().clone().requires_grad_()
+    for name, g in adapter.group_of.items():
+        a, b = adapter.factors[name]
+        m = torch.einsum("u,uij->ij", v[g], adapter.projections[name])
+        weights[f"{name}.weight"] = weights[f"{name}.weight"].detach() + b @ m @ a
+
+    loss = hf_loss(lambda **k: functional_call(network, weights, kwargs=k))
+    loss.backward()
+    metrics, gradients = ours(adapter)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5) and far(gradients["v"], v.grad) < 1e-4
+    right = total = 0
+    with torch.no_grad():
+        for p, a in zip(PROMPTS, ANSWERS, strict=True):
+            best = functional_call(network, weights, kwargs={"input_ids": torch.tensor([p + a])}).logits[0].argmax(-1)
+            right += sum(best[len(p) - 1 + i].item() == t for i, t in enumerate(a))
+            total += len(a)
+    assert metrics["mean_token_accuracy"] == right / total
+
+
+def test_lora_xs_is_a_trained_core(tiny_model, tmp_path):
+    """W' = W + B R A with R = v of its module, row by row; the saved adapter comes back as it was."""
+    model = load_model(str(tiny_model("qwen2")))
+    config = TrainConfig(method="lora_xs", r=2, u=13, n_tie="all").adapter
+    adapter = Adapter(model, config)
+    assert adapter.v.shape == (14, 4)
+    with torch.no_grad():
+        adapter.v += torch.randn(adapter.v.shape, generator=torch.Generator().manual_seed(0))
+    x, layer = torch.randn(5, 32), model.layers[1].o
+    name = "model.layers.1.self_attn.o_proj"
+    core = adapter.v.detach()[adapter.group_of[name]].view(2, 2)
+    a, b = adapter.factors[name]
+    m = adapter.matrices()[5]
+    assert m is not None
+    torch.testing.assert_close(layer(x, m.detach()), F.linear(x, layer.weight + b @ core @ a), rtol=1e-5, atol=1e-5)
+    adapter.save(tmp_path / "a")
+    assert torch.equal(load_adapter(tmp_path / "a", model).v, adapter.v)
+    with pytest.raises(InputError, match="u = r"):
+        TinyLoRAConfig(u=3, projection="identity")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("algorithm", ["grpo", "sft", "es"])
+def test_the_v_in_use_is_rounded_every_step(tmp_path, dtype, algorithm):
+    run = trainer(tmp_path, param_dtype=dtype, algorithm=algorithm)
+    run.train()
+    steps = [r for r in run.run_directory.rows if "step_time" in r]
+    assert len(steps) == 3
+    for row in steps:
+        v = torch.tensor(row["adapter/v"])
+        assert v.abs().max() > 0 and torch.equal(v, v.to(getattr(torch, dtype)).float())
+    master = run.policy.v.detach()
+    assert not torch.equal(master, master.to(getattr(torch, dtype)).float()), "the optimizer's copy stays fp32"
+    m = next(x for x in run.policy.matrices() if x is not None)
+    want = next(x for x in run.policy.matrices(v.view_as(master)) if x is not None)
+    assert torch.equal(m, want), "what rolls out is the rounded v"
+
+
+@pytest.mark.parametrize("method", KINDS)
+@pytest.mark.parametrize("algorithm", ["grpo", "sft", "es"])
+def test_every_pair_trains_and_resumes_bit_for_bit(tmp_path, method, algorithm):
+    if algorithm == "es" and method in ("lora", "full"):
+        with pytest.raises(InputError, match="--algorithm es"):
+            trainer(tmp_path, method=method, algorithm=algorithm)
+        return
+    settings = {"method": method, "algorithm": algorithm}
+    whole = trainer(tmp_path / "whole", **settings)
+    assert whole.train() and (tmp_path / "whole" / "adapter").is_dir()
+    broken = trainer(tmp_path / "broken", **settings)
+    broken.record(broken._train_step())
+    again = trainer(tmp_path / "broken", **settings, resume=True)
+    assert again.step == 1 and again.train()
+    for name, p in whole.policy.named_parameters().items():
+        assert torch.equal(p, again.policy.named_parameters()[name]), name
+        assert p.grad is not None and p.grad.count_nonzero() > 0
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert all(r["grad_norm"] > 0 for r in rows)
+
+
+@pytest.mark.parametrize("source", ["own", "foreign"])
+def test_sft_data(tmp_path, source):
+    run = trainer(tmp_path, algorithm="sft", sft_data=source)
+    row = run._train_step()
+    assert ("reward" in row) == (source == "own") and row["loss"] > 0
+    if source == "own":  # the base samples them, whatever v has become
+        assert row["mean_token_accuracy"] > 0.5

@@ -1,0 +1,262 @@
+"""A step of training, for one run or for several that share the base: prompts, rollout, rewards, then GRPO's update.
+
+Runs of a population go through one rollout together, one adapter a row: small batches waste decode steps. What each samples
+depends on its own seed and sequence numbers, and each is updated by itself, so it becomes what it would become alone.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tinylora.model.decoder import Matrices
+from tinylora.rl.advantages import Advantages, compute_advantages
+from tinylora.rl.consistency import require_same_policy
+from tinylora.rl.grading import Verdict
+from tinylora.rl.rewards import call_reward, random_rewards
+from tinylora.rl.rollout import Completion, rollout
+from tinylora.rl.tasks import Row
+from tinylora.rl.update import Batch, Policy, update
+
+if TYPE_CHECKING:
+    from tinylora.rl.trainer import Trainer
+
+
+@dataclass
+class Share:
+    """One run's part of a step."""
+
+    trainer: "Trainer"
+    order: list[int]  # its prompts among the training rows
+    rows: list[Row]
+    prompts: list[list[int]]
+    completions: list[Completion] = field(default_factory=list)
+    answers: dict[int, str] = field(default_factory=dict)  # by completion
+    verdicts: dict[int, "Future[Verdict]"] = field(default_factory=dict)
+    rewards: Tensor = field(default_factory=lambda: torch.zeros(0))  # (completions,) float64, NaN where unscorable
+    extra: dict[str, float] = field(default_factory=dict)  # metrics of the rewards
+
+    @property
+    def count(self) -> int:
+        return len(self.prompts) * self.trainer.config.num_generations
+
+    def take(self, i: int, completion: Completion) -> None:
+        """Read completion i, and send it to be graded."""
+        self.answers[i] = self.trainer.text.decode(completion.tokens)
+        if self.trainer.grader is not None:
+            row = self.rows[i // self.trainer.config.num_generations]
+            self.verdicts[i] = self.trainer.grader.submit(self.answers[i], row)
+
+    @property
+    def advantages(self) -> Advantages:
+        c = self.trainer.config
+        return compute_advantages(self.rewards, c.num_generations, c.scale_rewards)
+
+    def repeated(self) -> list[list[int]]:
+        """The prompt of every completion."""
+        return [p for p in self.prompts for _ in range(self.trainer.config.num_generations)]
+
+
+class Clock:
+    """Times of a step; the same for all its runs."""
+
+    def __init__(self) -> None:
+        self.marks = [time.perf_counter()]
+
+    def mark(self) -> None:
+        self.marks.append(time.perf_counter())
+
+    def metrics(self, tokens: int, sampled: int) -> Row:
+        began, rolled_out, rewarded, ended = self.marks
+        return {
+            "step_time": ended - began,
+            "rollout_time": rolled_out - began,
+            "reward_time": rewarded - rolled_out,
+            "update_time": ended - rewarded,
+            "tokens_per_second": tokens / (ended - began),
+            "rollout_tokens_per_second": sampled / (rolled_out - began),
+        }
+
+
+def draw(trainers: Sequence["Trainer"]) -> list[Share]:
+    """The step's prompts of each run."""
+    shares = []
+    for t in trainers:
+        order = t.prompt_order()
+        rows = [t.train_rows[i] for i in order]
+        shares.append(Share(t, order, rows, [t.text.prompt(row["prompt"]) for row in rows]))
+    return shares
+
+
+def roll_out(shares: Sequence[Share], matrices: Matrices | None, clock: Clock, own_rows: bool = False) -> None:
+    """Completions and rewards of each share, in one rollout. matrices hold an adapter for each share, or with `own_rows` for
+    each completion: their prompts are then prefilled once each."""
+    first = shares[0].trainer
+    c = first.config
+    starts = [0]
+    for s in shares:
+        starts.append(starts[-1] + s.count)
+    owner = [n for n, s in enumerate(shares) for _ in range(s.count)]
+
+    def take(i: int, completion: Completion) -> None:
+        shares[owner[i]].take(i - starts[owner[i]], completion)
+
+    early = take if first.grader is not None and first.grader.pool is not None else None  # grading overlaps generation
+    repeat = c.num_generations if own_rows else 1
+    new = c.max_completion_length  # what is new may be long
+    completions = rollout(
+        first.model,
+        matrices,
+        [p for s in shares for p in (s.repeated() if own_rows else s.prompts)],
+        1 if own_rows else c.num_generations,
+        first.sampling(),
+        row_adapter=list(range(starts[-1])) if own_rows else [n for n, s in enumerate(shares) for _ in s.prompts],
+        names=[(s.trainer.config.seed, s.trainer.step * s.count + i) for s in shares for i in range(s.count)],
+        cache_bytes=min(sum(s.trainer.plan.cache for s in shares), max(first.plan.cache, first.plan.free // 2)),
+        expected=[s.trainer.expected.get(i, new) for s in shares for i in s.order for _ in range(repeat)],
+        on_completion=early,
+    )
+    for n, s in enumerate(shares):
+        s.completions = completions[starts[n] : starts[n + 1]]
+        for i, row_number in enumerate(s.order):
+            own = s.completions[i * c.num_generations : (i + 1) * c.num_generations]
+            s.trainer.expected[row_number] = sum(len(x.tokens) for x in own) / len(own)
+    clock.mark()
+    for s in shares:
+        for i, completion in enumerate(s.completions):
+            if i not in s.answers:
+                s.take(i, completion)
+        s.rewards = _rewards(s)
+    clock.mark()
+
+
+def grpo_step(trainers: Sequence["Trainer"]) -> list[Row]:
+    """One step of each run; returns their metrics rows."""
+    clock, shares = Clock(), draw(trainers)
+    with torch.no_grad():
+        matrices = stacked([t.policy for t in trainers])
+    roll_out(shares, matrices, clock)
+    advantages = [s.advantages for s in shares]
+    batches = [Batch(s.repeated(), s.completions, a) for s, a in zip(shares, advantages, strict=True)]
+    first = [_descend(s.trainer, b) for s, b in zip(shares, batches, strict=True)]
+    clock.mark()
+    return [
+        finish(s, clock, {**m, **reward_metrics(s), **dead_groups(a), **length_metrics(s)})
+        for s, m, a in zip(shares, first, advantages, strict=True)
+    ]
+
+
+def _descend(t: "Trainer", batch: Batch) -> Row:
+    """A run's optimizer steps on its batch; the metrics of the first."""
+    first: Row = {}
+    for iteration in range(t.config.num_iterations):
+        t.optimizer.zero_grad(set_to_none=True)
+        metrics = update(t.policy, batch, t.config, t.plan)
+        if iteration == 0:
+            mean, largest = (metrics[f"sampling/sampling_logp_difference/{x}"] for x in ("mean", "max"))
+            require_same_policy(mean, largest, t.model.dtype, t.config.exact, t.step + 1)
+        norm = t.descend()
+        first = first or {**metrics, **norm}
+    return first
+
+
+def stacked(policies: Sequence[Policy]) -> Matrices | None:
+    """The matrices of all policies, one adapter each: M (policies, segments, r, r) of each fused linear."""
+    each = [p.matrices() for p in policies]
+    if len(each) == 1 or each[0] is None:
+        return each[0]
+    return [None if m[0] is None else torch.cat(m) for m in zip(*each, strict=True)]
+
+
+# ---- metrics ------------------------------------------------------------------------------------------------------------
+
+
+def finish(s: Share, clock: Clock, metrics: Row, trained_tokens: int = 0) -> Row:
+    """The step's row; the run's counters move on. `trained_tokens`: prompts and solutions, where nothing was sampled."""
+    sampled = sum(len(x.tokens) for x in s.completions)
+    prompts = sum(map(len, s.prompts)) * s.trainer.config.num_generations
+    tokens = sampled + prompts if s.completions else trained_tokens
+    head, adapter = s.trainer.advance(tokens)
+    return {**head, **metrics, **adapter, **clock.metrics(tokens, sampled)}
+
+
+def dead_groups(a: Advantages) -> Row:
+    return {
+        "frac_reward_zero_std": a.zero_std,
+        "frac_reward_zero_std/all_right": a.all_right,
+        "frac_reward_zero_std/all_wrong": a.all_wrong,
+    }
+
+
+def reward_metrics(s: Share) -> Row:
+    mean, std = _number(s.rewards.nanmean()), _number(s.rewards[~s.rewards.isnan()].std())
+    name = s.trainer.reward_name
+    return {"reward": mean, "reward_std": std, f"rewards/{name}/mean": mean, f"rewards/{name}/std": std}
+
+
+def length_metrics(s: Share) -> Row:
+    lengths = torch.tensor([float(len(x.tokens)) for x in s.completions])
+    finished = torch.tensor([x.finished for x in s.completions])
+    return {
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": 1 - finished.double().mean().item(),
+        "completions/mean_terminated_length": _number(lengths[finished].mean()),
+        **s.extra,
+    }
+
+
+def _number(x: Tensor) -> float | None:
+    """JSON has no NaN."""
+    return None if x.isnan() else x.item()
+
+
+# ---- rewards ------------------------------------------------------------------------------------------------------------
+
+
+def _rewards(s: Share) -> Tensor:
+    """(completions,) float64, NaN where the function said None; what it and the exact match log goes into `extra`."""
+    c, extra = s.trainer.config, s.extra
+    verdicts = [s.verdicts[i].result() for i in range(s.count)] if s.verdicts else []
+    if verdicts:
+        extra["accuracy"] = sum(v.right[c.extractor] for v in verdicts) / len(verdicts)
+    if verdicts and c.dataset != "builtin":  # whose completions have one format only
+        extra.update({f"accuracy/{e}": sum(v.right[e] for v in verdicts) / len(verdicts) for e in ("strict", "flexible")})
+        extra.update({f"grader/{why}": sum(v.failure == why for v in verdicts) for why in ("timeout", "crash")})
+    if c.reward is None:
+        rewards = [float(v.right[c.extractor]) for v in verdicts]
+    elif c.reward == "random":
+        rewards = random_rewards(s.count, c.seed, s.trainer.step)
+    elif c.reward == "format-only":
+        rewards = [float(v.answers["strict"] is not None) for v in verdicts]
+    else:
+        rewards = _own_rewards(s)
+    return torch.tensor(rewards, dtype=torch.float64)
+
+
+def _own_rewards(s: Share) -> list[float]:
+    """What the user's function says."""
+    t = s.trainer
+    assert t.reward is not None
+    repeated = [row for row in s.rows for _ in range(t.config.num_generations)]
+    logged: dict[str, list[float]] = {}
+    columns: dict[str, Any] = {key: [row.get(key) for row in repeated] for key in s.rows[0] if key != "prompt"}
+    rewards = call_reward(
+        t.reward,
+        s.count,
+        prompts=[row["prompt"] for row in repeated],
+        completions=[[{"role": "assistant", "content": s.answers[i]}] for i in range(s.count)],
+        completion_ids=[c.tokens for c in s.completions],
+        trainer_state=SimpleNamespace(global_step=t.step, max_steps=t.max_steps),
+        log_extra=lambda column, values: None,  # TRL's table of completions is not written here
+        log_metric=lambda name, value: logged.setdefault(name, []).append(float(value)),
+        **columns,
+    )
+    s.extra.update({name: sum(values) / len(values) for name, values in logged.items()})
+    return rewards
