@@ -174,7 +174,7 @@ def test_every_pair_trains_and_resumes_bit_for_bit(tmp_path, method, algorithm):
         assert torch.equal(p, again.policy.named_parameters()[name]), name
         assert p.grad is not None and p.grad.count_nonzero() > 0
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert all(r["grad_norm"] > 0 for r in rows)
+    assert any(r["grad_norm"] > 0 for r in rows)  # four greedy answers to a prompt may all be alike
 
 
 @pytest.mark.parametrize("source", ["own", "foreign"])

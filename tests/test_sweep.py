@@ -100,7 +100,7 @@ def test_an_arm_is_the_run_of_its_settings(tmp_path):
     ("change", "message"),
     [
         (("title =", "titel ="), "unknown keys titel"),
-        (("sigma = 0.05", "sigma = -1"), "--sigma -1"),
+        (("sigma = 0.05", "sigma = -1"), "a positive --sigma"),
         (("sigma = 0.05", "sigmas = 1"), "unknown settings sigmas"),
         (("{u} numbers", "some numbers"), "two arms are named 'RL, some numbers'"),
         (("{u} numbers", "{what} numbers"), "wants 'what'"),
