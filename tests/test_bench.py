@@ -409,3 +409,16 @@ def test_gsm8k_like_lengths_have_a_tail():
     lengths = gsm8k_like(4000, 1024)
     mean = sum(lengths) / len(lengths)
     assert 180 < mean < 220 and max(lengths) > 4 * mean and min(lengths) >= 8
+
+
+def test_population(tmp_path, monkeypatch, capsys):
+    """Two learning rates x two seeds: every contender is timed, and runs that train together stay the runs they are."""
+    from bench import population
+
+    monkeypatch.setattr(
+        "sys.argv", ["population", "--members", "2", "--rounds", "2", "--busy", "99", "--json", str(tmp_path / "p")]
+    )
+    population.main()
+    result = json.loads((tmp_path / "p").read_text())
+    assert result["members"] == 4 and all(0 < r < 20 for r in result["ratios"].values())
+    assert "rollout, together / solo" in capsys.readouterr().out
