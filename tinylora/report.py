@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinylora.cli import run_command
 from tinylora.errors import InputError
@@ -22,15 +22,15 @@ RESULT = {"arm", "series", "x", "seed", "settings", "num_parameters", "bytes", "
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1100px; margin: auto; padding: 16px }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 70em; margin: auto; padding: 16px }}
 h1, h2, h3, p, li {{ overflow-wrap: anywhere }}
 section + section {{ border-top: 1px solid #ccc; margin-top: 32px }}
 .figures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 16px }}
 figure {{ margin: 0 }} img {{ max-width: 100%; height: auto }} figcaption {{ font-size: 14px; color: #444 }}
 .wide {{ overflow-x: auto; margin: 16px 0 }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }}
+table {{ border-collapse: collapse; font-size: 14px; white-space: nowrap }}
 th, td {{ padding: 4px 10px; border-bottom: 1px solid #ddd; text-align: right }}
-th:first-child, td:first-child {{ text-align: left }}
+th:first-child, td:first-child {{ text-align: left; white-space: normal; min-width: 9em }}
 .answers {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 8px 16px }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f4f4; padding: 8px; margin: 4px 0; font-size: 14px }}
 </style></head><body>
@@ -56,27 +56,18 @@ def html_figures(pictures: Sequence["Picture"]) -> str:
     return f'<div class="figures">\n{"".join(parts)}</div>\n'
 
 
-def read_object(path: Path) -> Row:
+def read(path: Path, lines: bool = False) -> list[Row]:
+    """The JSON object of a file, or of each of its lines. InputError where there is none or one is torn."""
     try:
-        return dict(json.loads(path.read_text()))
+        text = path.read_text()
+        found = [dict(json.loads(part)) for part in (text.splitlines() if lines else [text])]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not a JSON object: {error}") from None
-
-
-def read_lines(path: Path) -> list[Row]:
-    """InputError where there is no line, or one is torn or no object."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    if not lines:
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is torn or no JSON ({error}); the command that wrote it mends it when it goes on") from None
+    if not found:
         raise InputError(f"{path} is empty: nothing has been finished yet")
-    try:
-        return [dict(json.loads(line)) for line in lines]
-    except ValueError as error:
-        raise InputError(f"{path} has a torn line ({error}); the command that wrote it mends it when it goes on") from None
+    return found
 
 
 # ---- a study ------------------------------------------------------------------------------------------------------------
@@ -86,7 +77,7 @@ def study_section(path: Path) -> tuple[str, str, list["Picture"]]:
     """Title, HTML and figures of a study."""
     from tinylora.rl.figures import by, counts, is_number, percent, spread, study_pictures
 
-    about, results = read_object(path / "study.json"), read_lines(path / "results.jsonl")
+    [about], results = read(path / "study.json"), read(path / "results.jsonl", lines=True)
     for row in results:
         if missing := RESULT - row.keys():
             raise InputError(f"{path / 'results.jsonl'}: a row has no {', '.join(sorted(missing))}")
@@ -96,7 +87,7 @@ def study_section(path: Path) -> tuple[str, str, list["Picture"]]:
     arms, curves = by(results, "arm"), {}
     for arm, rows in arms.items():
         files = [path / row["run"] / "metrics.jsonl" for row in rows]
-        runs = [[r["reward"] for r in read_lines(f) if r.get("reward") is not None] for f in files if f.exists()]
+        runs = [[r["reward"] for r in read(f, lines=True) if r.get("reward") is not None] for f in files if f.exists()]
         if any(runs):
             curves[arm] = [rewards for rewards in runs if rewards]
     pictures = study_pictures(about, results, curves)
@@ -111,8 +102,8 @@ def study_section(path: Path) -> tuple[str, str, list["Picture"]]:
         lines.append(line)
     seeds = [len(rows) for rows in arms.values()]
     facts = f"{len(arms)} arms, {counts(seeds)} seeds each (a seed also draws P), {counts([r['n'] for r in results])} problems"
-    facts += "; incomplete: arms with fewer seeds are not finished" if min(seeds) < max(seeds) else ""
-    facts += "; a --quick study, too small to conclude from." if about.get("quick") else "; a full study, not --quick."
+    facts += "; arms with fewer seeds are not finished" if min(seeds) < max(seeds) else ""
+    facts += "; a --quick study: too small to conclude from." if about.get("quick") else "; a whole study, not --quick."
     header = ["arm", "trained numbers", "n problems", "seeds", "sampled, mean [95 %]", "greedy, mean [95 %]"]
     table = html_table([*header, "best seed, sampled", "worst seed, sampled"], lines)
     title = str(about.get("title") or path.name)
@@ -130,7 +121,7 @@ def run_section(path: Path, samples: bool) -> tuple[str, str, list["Picture"]]:
     """Title, HTML and figures of a training run."""
     from tinylora.rl.figures import run_pictures
 
-    config, rows = read_object(path / "config.json"), read_lines(path / "metrics.jsonl")
+    [config], rows = read(path / "config.json"), read(path / "metrics.jsonl", lines=True)
     settings, done = config["settings"], max(row["step"] for row in rows)
     names = ("model", "dataset", "method", "algorithm", "u", "r", "n_tie", "param_dtype", "learning_rate", "seed")
     said = ", ".join(f"{name} {settings[name]}" for name in names if name in settings)
@@ -139,14 +130,14 @@ def run_section(path: Path, samples: bool) -> tuple[str, str, list["Picture"]]:
     parts = [f"<p>{escape(facts)}</p>\n", before_and_after(path, config["max_steps"]), html_figures(pictures)]
     if samples:
         parts.append(answers(path, settings))
-    return f"Run {path.resolve().name}", "".join(parts), pictures
+    return f"Run {'/'.join(path.resolve().parts[-2:])}", "".join(parts), pictures
 
 
 def before_and_after(path: Path, last: int) -> str:
     files = [path / "evaluations" / f"step-{step:06d}.json" for step in (0, last)]
     if not all(file.exists() for file in files):
         return "<p>The run was not evaluated before and after its training.</p>\n"
-    old, new = map(read_object, files)
+    [old], [new] = map(read, files)
     lines = []
     for kind in ("sampled", "greedy"):
         for extractor in ("strict", "flexible"):
@@ -180,41 +171,43 @@ def answers(path: Path, settings: Row) -> str:
 
 def greedy_answers(path: Path, settings: Row) -> list[tuple[str, str, list[tuple[str, bool]]]]:
     """(question, gold answer, (text, right) of base and trained). InputError where the base or the adapter is not at hand."""
-    from tinylora.adapter import load_adapter
+    from tinylora.adapter import load_adapter  # this and the rest load torch, which no other part of a report needs
+    from tinylora.evaluate import EvaluateConfig, answer
     from tinylora.model import load_model
     from tinylora.rl.grader_pool import GraderPool
     from tinylora.rl.rewards import Grader
-    from tinylora.rl.rollout import Sampling, rollout
     from tinylora.rl.tasks import load_task
     from tinylora.rl.text import Text, fitting_rows
 
-    base, method, length = settings["model"], settings.get("method", "tinylora"), settings["max_completion_length"]
+    base, data, method = settings["model"], settings["dataset"], settings.get("method")
     if base != "builtin" and not Path(base).is_dir():
-        raise InputError(f"the base {base} is not a directory here, and nothing is downloaded for a report")
-    if settings["dataset"] != "builtin" and settings["data"] is None:
-        raise InputError(f"the dataset {settings['dataset']} is not local, and nothing is downloaded for a report")
+        raise InputError(f"the base {base} is no directory here, and a report downloads nothing")
+    if data != "builtin" and settings["data"] is None:
+        raise InputError(f"the dataset {data} is not local, and a report downloads nothing")
     if method == "lora":
-        raise InputError("the engine loads no LoRA adapters; merge it, and give the result to tinylora.generate")
+        raise InputError("the engine does not load PEFT's LoRA adapters")
     model = load_model(base, settings["device"], settings["dtype"])
-    text = Text(model.path)
-    task = load_task(settings["dataset"], settings["data"], settings["prompt_style"], ("test",))
-    rows, prompts = fitting_rows(task.test[:PROBLEMS], text, model.config.max_positions, length)
+    text, length = Text(model.path), settings["max_completion_length"]
+    task = load_task(data, settings["data"], settings["prompt_style"], ("test",))
+    rows, _ = fitting_rows(task.test[:PROBLEMS], text, model.config.max_positions, length)
     if not rows or not task.has_answers:
         raise InputError("the task has no test rows with answers")
-    if method == "full":
-        policies: list[tuple[Any, Any]] = [(model, None), (load_model(str(path / "adapter"), settings["device"]), None)]
-    else:
-        policies = [(model, None), (model, load_adapter(path, model).matrices())]
-    grader = Grader(task.answer_format, None if settings["dataset"] == "builtin" else GraderPool())
-    sampling, given = Sampling(length, 0.0, eos_ids=text.eos_ids), []
+    full = method == "full"  # whose adapter/ is a model
+    trained = (load_model(str(path / "adapter"), settings["device"]), None) if full else (model, load_adapter(path, model))
+    grader = Grader(task.answer_format, None if data == "builtin" else GraderPool())
     try:
-        for network, matrices in policies:
-            texts = [text.decode(c.tokens) for c in rollout(network, matrices, prompts, 1, sampling)]
-            right = [verdict.right[settings["extractor"]] for verdict in grader.grade(texts, rows)]
-            given.append(list(zip(texts, right, strict=True)))
+        scored = [answer(EvaluateConfig(), *who, text, rows, grader, length, "answers") for who in ((model, None), trained)]
     finally:
         grader.close()
-    return [(r["prompt"][-1]["content"], r["answer"], [g[i] for g in given]) for i, r in enumerate(rows)]
+    right = [s.greedy_right(settings["extractor"]) for s in scored]
+    return [
+        (
+            row["prompt"][-1]["content"],
+            row["answer"],
+            [(s.greedy[i][0]["completion"], r[i]) for s, r in zip(scored, right, strict=True)],
+        )
+        for i, row in enumerate(rows)
+    ]
 
 
 # ---- the command --------------------------------------------------------------------------------------------------------
