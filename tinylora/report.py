@@ -75,7 +75,7 @@ def read(path: Path, lines: bool = False) -> list[Row]:
 
 def study_section(path: Path) -> tuple[str, str, list["Picture"]]:
     """Title, HTML and figures of a study."""
-    from tinylora.rl.figures import by, counts, is_number, percent, spread, study_pictures
+    from tinylora.rl.figures import by, counts, is_number, spread, study_pictures
 
     [about], results = read(path / "study.json"), read(path / "results.jsonl", lines=True)
     for row in results:
@@ -97,21 +97,20 @@ def study_section(path: Path) -> tuple[str, str, list["Picture"]]:
         line = [arm, counts([row["num_parameters"] for row in rows]), counts([row["n"] for row in rows]), str(len(rows))]
         for kind in ("sampled", "greedy"):
             mean, low, high = spread([row["trained"][kind] for row in rows])
-            line.append(percent(mean) + (f" [{100 * low:.1f}, {100 * high:.1f}]" if len(rows) > 1 else ""))
-        line += [f"{percent(row['trained']['sampled'])} (seed {row['seed']})" for row in (ranked[-1], ranked[0])]
+            line.append(f"{mean:.1%}" + (f" [{low:.1%}, {high:.1%}]" if len(rows) > 1 else ""))
+        line += [f"{row['trained']['sampled']:.1%} ({row['seed']})" for row in (ranked[-1], ranked[0])]
         lines.append(line)
     seeds = [len(rows) for rows in arms.values()]
     facts = f"{len(arms)} arms, {counts(seeds)} seeds each (a seed also draws P), {counts([r['n'] for r in results])} problems"
     facts += "; arms with fewer seeds are not finished" if min(seeds) < max(seeds) else ""
     facts += "; a --quick study: too small to conclude from." if about.get("quick") else "; a whole study, not --quick."
+    if uncurved := dict.fromkeys(row["series"] for row in results if row["arm"] not in curves):
+        facts += f" Without rewards, or without their runs here, and so without learning curves: arms of {'; '.join(uncurved)}."
     header = ["arm", "trained numbers", "n problems", "seeds", "sampled, mean [95 %]", "greedy, mean [95 %]"]
-    table = html_table([*header, "best seed, sampled", "worst seed, sampled"], lines)
+    table = html_table([*header, "best (seed)", "worst (seed)"], lines)
     title = str(about.get("title") or path.name)
-    return (
-        title,
-        f"<p>{escape(str(about.get('question', '')))}</p>\n<p>{escape(facts)}</p>\n{html_figures(pictures)}{table}",
-        pictures,
-    )
+    said = "".join(f"<p>{escape(text)}</p>\n" for text in (str(about.get("question", "")), facts))
+    return title, said + html_figures(pictures) + table, pictures
 
 
 # ---- a run --------------------------------------------------------------------------------------------------------------
@@ -218,7 +217,7 @@ def section(path: Path, samples: bool) -> tuple[str, str, list["Picture"]]:
         raise InputError(f"{path}: no such directory")
     if (path / "results.jsonl").exists():
         return study_section(path)
-    if (path / "config.json").exists():
+    if (path / "config.json").exists() and (path / "metrics.jsonl").exists():
         return run_section(path, samples)
     raise InputError(f"{path} is neither a study (results.jsonl) nor a training run (config.json, metrics.jsonl)")
 

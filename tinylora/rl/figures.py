@@ -117,7 +117,7 @@ def _held_out(axes: Any, rows: Sequence[Row]) -> str:
         for k, row in enumerate(row for row in rows if row.get(f"{kind}/n")):
             n, p = row[f"{kind}/n"], row[f"{kind}/accuracy"]
             low, high = wilson(round(p * n), n)
-            mark = {**style(i), "linestyle": "none", "label": None if k else f"{label}, n = {n:,}"}
+            mark = {**style(i), "linestyle": "none", "label": None if k else f"{label}, n\u00a0=\u00a0{n:,}"}
             axes.errorbar(row["step"], p, [[p - low], [high - p]], **mark, capsize=3)
             said = " Others: sampled accuracy where nothing is trained, bars are 95 % (Wilson)."
     return said
@@ -147,10 +147,6 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 def by(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
     return {name: [row for row in rows if row[key] == name] for name in dict.fromkeys(row[key] for row in rows)}
-
-
-def percent(p: float) -> str:
-    return f"{100 * p:.1f} %"
 
 
 def counts(values: Sequence[int]) -> str:
@@ -226,12 +222,12 @@ def _against(results: Sequence[Row], kind: str, place: str, label: str, logarith
         for x in sorted({row[place] for row in rows}):
             at = back(scale(x) + aside)
             points[at] = _point(axes, at, [row["trained"][kind] for row in rows if row[place] == x], i)
-            alt.append(f"{name} at {x:,}: {percent(points[at])}")
+            alt.append(f"{name} at {x:,}: {points[at]:.1%}")
         axes.plot(list(points), list(points.values()), **style(i), label=name)
     levels |= {name: (p, "#555555", DASHES[1 + i % 2]) for i, (name, p) in enumerate(_bases(results, kind).items())}
     for name, (p, colour, dash) in levels.items():
         axes.axhline(p, color=colour, linestyle=dash, linewidth=1.3, label=name)
-        alt.append(f"{name}: {percent(p)}")
+        alt.append(f"{name}: {p:.1%}")
     if logarithmic:
         axes.set_xscale("log")
     shown = xs[:1]  # ticks are at the values that were run, less those too near their neighbour to be read
@@ -250,10 +246,10 @@ def _beside(results: Sequence[Row], kind: str) -> Picture:
     alt = []
     for y, (name, rows) in enumerate(arms.items()):
         mean = _point(axes, y, [row["trained"][kind] for row in rows], series.index(rows[0]["series"]), sideways=True)
-        alt.append(f"{name}: {percent(mean)}")
+        alt.append(f"{name}: {mean:.1%}")
     for i, (name, p) in enumerate(_bases(results, kind).items()):
         axes.axvline(p, color="#555555", linestyle=DASHES[1 + i % 2], label=name)
-        alt.append(f"{name}: {percent(p)}")
+        alt.append(f"{name}: {p:.1%}")
     axes.set_yticks(range(len(arms)), [textwrap.fill(name, 22) for name in arms])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02)
@@ -267,25 +263,24 @@ def _learning(results: Sequence[Row], curves: dict[str, list[list[float]]]) -> l
     groups = by(results, "series") if len(drawn) > len(COLOURS) else {"": list(results)}
     found = []
     for k, (series, rows) in enumerate(groups.items()):
-        arms = by(rows, "arm")
-        if not arms.keys() & drawn.keys():
+        arms = [arm for arm in by(rows, "arm") if arm in drawn]
+        if not arms:
             continue
         figure, axes = canvas("Learning curves" + (f": {series}" if series else ""), "training step", "mean reward of a step")
-        alt, said = [], "Mean over seeds; bands are its 95 % interval by bootstrap over them."
+        seeds = counts([len(drawn[arm]) for arm in arms])
+        alt, said = [], f"Mean over {seeds} seeds; bands are its 95 % interval by bootstrap over them."
         for i, arm in enumerate(arms):
-            if arm not in drawn:
-                said += f" {arm}: no reward, or its run is not here."
-                continue
             c = drawn[arm]
             width = math.ceil(c.shape[1] / POINTS)
             starts = range(0, c.shape[1] - width + 1, width)
             mean, low, high = zip(*(spread(c[:, s : s + width].mean(axis=1).tolist()) for s in starts), strict=True)
             x = [s + (width + 1) / 2 for s in starts]
-            axes.plot(x, mean, **style(i), markevery=(i % len(x), max(5, len(x) // 6)), label=f"{arm} ({len(c)} seeds)")
+            axes.plot(x, mean, **style(i), markevery=(i % len(x), max(5, len(x) // 6)), label=arm)
             axes.fill_between(x, low, high, color=COLOURS[i % 7], alpha=0.15, linewidth=0)
             alt.append(f"{arm}: {mean[0]:.3g} to {mean[-1]:.3g}")
             said += f" {arm}: a point is {width} steps." if width > 1 else ""
             said += f" {arm}: cut where its first seed ends." if any(len(own) > c.shape[1] for own in curves[arm]) else ""
+        axes.set_ylim(min(c.min() for c in drawn.values()), max(c.max() for c in drawn.values()))  # the same for all series
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         found.append(picture(figure, axes, f"curves-{k}" if series else "curves", said, alt))
     return found
