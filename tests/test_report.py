@@ -227,7 +227,8 @@ def test_errors_name_the_path(study: Path, run: Path, tmp_path: Path, monkeypatc
 PROBE = """<!doctype html><iframe width="{width}" height="1600" style="border: 0" srcdoc="{page}"></iframe><script>
 addEventListener("load", () => {{ const {{innerWidth, document: d}} = document.querySelector("iframe").contentWindow
 document.title = JSON.stringify({{ inner: innerWidth, page: d.documentElement.scrollWidth,
-images: [...d.images].map(i => [i.naturalWidth, i.clientWidth]), boxes: [...d.querySelectorAll(".wide")].map(b => b.clientWidth) }})
+images: [...d.images].map(i => [i.naturalWidth, i.clientWidth]),
+boxes: [...d.querySelectorAll(".wide")].map(b => b.clientWidth) }})
 }})</script>"""
 
 
