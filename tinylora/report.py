@@ -82,7 +82,12 @@ def study_section(path: Path) -> tuple[str, str, list["Picture"]]:
         if missing := RESULT - row.keys():
             raise InputError(f"{path / 'results.jsonl'}: a row has no {', '.join(sorted(missing))}")
     results.sort(
-        key=lambda r: (r["series"], (0, r["x"], "") if is_number(r["x"]) else (1, 0, str(r["x"])), r["arm"], r["seed"])
+        key=lambda r: (
+            r["series"],
+            (0, r["x"], "") if is_number(r["x"]) else (1, r["num_parameters"], str(r["x"])),
+            r["arm"],
+            r["seed"],
+        )
     )
     arms, curves = by(results, "arm"), {}
     for arm, rows in arms.items():
@@ -170,9 +175,10 @@ def answers(path: Path, settings: Row) -> str:
 
 def greedy_answers(path: Path, settings: Row) -> list[tuple[str, str, list[tuple[str, bool]]]]:
     """(question, gold answer, (text, right) of base and trained). InputError where the base or the adapter is not at hand."""
-    from tinylora.adapter import load_adapter  # this and the rest load torch, which no other part of a report needs
+    from tinylora.adapter import Adapter, load_adapter  # this and the rest load torch, which no other part of a report needs
     from tinylora.evaluate import EvaluateConfig, answer
     from tinylora.model import load_model
+    from tinylora.model.decoder import Decoder
     from tinylora.rl.grader_pool import GraderPool
     from tinylora.rl.rewards import Grader
     from tinylora.rl.tasks import load_task
@@ -191,11 +197,14 @@ def greedy_answers(path: Path, settings: Row) -> list[tuple[str, str, list[tuple
     rows, _ = fitting_rows(task.test[:PROBLEMS], text, model.config.max_positions, length)
     if not rows or not task.has_answers:
         raise InputError("the task has no test rows with answers")
-    full = method == "full"  # whose adapter/ is a model
-    trained = (load_model(str(path / "adapter"), settings["device"]), None) if full else (model, load_adapter(path, model))
+    policies: list[tuple[Decoder, Adapter | None]] = [(model, None), (model, None)]
+    if method == "full":  # whose adapter/ is a model
+        policies[1] = load_model(str(path / "adapter"), settings["device"]), None
+    else:
+        policies[1] = model, load_adapter(path, model)
     grader = Grader(task.answer_format, None if data == "builtin" else GraderPool())
     try:
-        scored = [answer(EvaluateConfig(), *who, text, rows, grader, length, "answers") for who in ((model, None), trained)]
+        scored = [answer(EvaluateConfig(), m, adapter, text, rows, grader, length, "answers") for m, adapter in policies]
     finally:
         grader.close()
     right = [s.greedy_right(settings["extractor"]) for s in scored]

@@ -242,7 +242,10 @@ def _against(results: Sequence[Row], kind: str, place: str, label: str, logarith
 def _beside(results: Sequence[Row], kind: str) -> Picture:
     """Accuracy of arms that have no numeric x: a row each."""
     arms, series = by(results, "arm"), list(by(results, "series"))
-    figure, axes = canvas(f"{kind.capitalize()} accuracy", "accuracy, % of problems", "", 1.4 + 0.36 * len(arms))
+    names = [textwrap.fill(name, 24) for name in arms]
+    tallest = max(name.count("\n") + 1 for name in names)
+    height = 1.2 + len(arms) * (0.15 + 0.16 * tallest)
+    figure, axes = canvas(f"{kind.capitalize()} accuracy", "accuracy, % of problems", "arm", height)
     alt = []
     for y, (name, rows) in enumerate(arms.items()):
         mean = _point(axes, y, [row["trained"][kind] for row in rows], series.index(rows[0]["series"]), sideways=True)
@@ -250,7 +253,7 @@ def _beside(results: Sequence[Row], kind: str) -> Picture:
     for i, (name, p) in enumerate(_bases(results, kind).items()):
         axes.axvline(p, color="#555555", linestyle=DASHES[1 + i % 2], label=name)
         alt.append(f"{name}: {p:.1%}")
-    axes.set_yticks(range(len(arms)), [textwrap.fill(name, 22) for name in arms])
+    axes.set_yticks(range(len(arms)), names, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=None))
