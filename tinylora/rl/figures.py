@@ -1,0 +1,289 @@
+"""The report's figures, by matplotlib: a run's metrics over its steps, a study's accuracies and learning curves.
+
+Small enough to be read at the width of a phone. Colours are Okabe and Ito's, which colour-blind readers tell apart (less their
+yellow, too faint on white); markers and dashes say the same again.
+"""
+
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+
+from tinylora.rl.run_directory import Row, is_step
+from tinylora.rl.statistics import bootstrap, wilson
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS, DASHES = "os^Dv*P", ("-", "--", ":", "-.")
+STYLE: Any = {
+    "font.size": 10, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+    "legend.fontsize": 9, "legend.frameon": False, "lines.markersize": 5, "text.parse_math": False, "savefig.dpi": 180,
+}  # fmt: skip
+POINTS = 60  # of a learning curve; longer ones are means of several steps
+SHOWN_V = 16
+PANELS = (  # of a run: file name, title, axis, {metric: label}
+    ("reward", "Reward and accuracy", "reward; share that is right", {"reward": "reward", "accuracy": "accuracy"}),
+    ("likeliest", "Solutions' tokens that are the likeliest", "share of tokens", {"mean_token_accuracy": "accuracy"}),
+    ("length", "Completion length", "tokens", {"completions/mean_length": "mean"}),
+    ("entropy", "Entropy", "nats a token", {"entropy": "entropy"}),
+    ("grad-norm", "Gradient norm", "norm, before clipping", {"grad_norm": "gradient"}),
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    name: str  # of the file, without its ending
+    caption: str
+    alt: str  # what is to be seen, for who cannot
+    png: bytes
+
+
+def style(i: int) -> dict[str, Any]:
+    return {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "linestyle": DASHES[i // 7 % 4], "linewidth": 1.3}
+
+
+def canvas(title: str, x: str, y: str, height: float = 3.1) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(4.5, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(textwrap.fill(title, 48), fontsize=10, fontweight="bold", loc="left")
+    axes.set_xlabel(textwrap.fill(x, 50))
+    axes.set_ylabel(y)
+    return figure, axes
+
+
+def picture(figure: Figure, axes: Any, name: str, caption: str, alt: Sequence[str]) -> Picture:
+    """The figure as a file, its legend below it."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        labels = [textwrap.fill(label, 24) for label in labels]
+        columns = 4 if max(map(len, labels)) < 4 else 2
+        figure.set_figheight(figure.get_figheight() + 0.2 * sum(label.count("\n") + 1 for label in labels) / columns + 0.2)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.6)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    title = " ".join(axes.get_title(loc="left").split())
+    return Picture(name, caption, f"{title}. {'; '.join(alt)}.", file.getvalue())
+
+
+# ---- one run ------------------------------------------------------------------------------------------------------------
+
+
+def run_pictures(rows: Sequence[Row], settings: Row) -> list[Picture]:
+    """The figures of a run, by the metrics that its rows have."""
+    steps = [row for row in rows if is_step(row)]
+    batch = f"{settings['prompts_per_step']} prompts x {settings['num_generations']} completions"
+    found = []
+    with matplotlib.rc_context(STYLE):
+        for name, title, unit, metrics in PANELS:
+            lines = {label: line for metric, label in metrics.items() if (line := _line(steps, metric))[0]}
+            if not lines:
+                continue
+            if len(lines) == 2 and lines["reward"] == lines["accuracy"]:
+                lines = {"reward, which is accuracy": lines["reward"]}
+            figure, axes = canvas(title, "training step", unit)
+            caption = f"One run: a point is one step, of {batch}."
+            for i, (label, (x, y)) in enumerate(lines.items()):
+                axes.plot(
+                    x, y, **style(i), markevery=max(1, len(x) // 12), label=label if name in ("reward", "length") else None
+                )
+            if name == "reward":
+                caption += _held_out(axes, rows)
+            if name == "length":
+                (x, low), (_, high) = (_line(steps, f"completions/{kind}_length") for kind in ("min", "max"))
+                axes.fill_between(x, low, high, color=COLOURS[0], alpha=0.15, linewidth=0, label="shortest to longest")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            alt = [f"{label} from {y[0]:.3g} at step {x[0]} to {y[-1]:.3g} at {x[-1]}" for label, (x, y) in lines.items()]
+            found.append(picture(figure, axes, name, caption, alt))
+        if path := [row["adapter/v"] for row in steps if "adapter/v" in row]:
+            found.append(_path(np.array(path)))
+    return found
+
+
+def _line(rows: Sequence[Row], metric: str) -> tuple[list[int], list[float]]:
+    found = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+    return [x for x, _ in found], [y for _, y in found]
+
+
+def _held_out(axes: Any, rows: Sequence[Row]) -> str:
+    """Accuracies on rows that are not trained on, with their intervals; returns what the caption says of them."""
+    said = ""
+    for i, (kind, label) in enumerate((("eval", "held-out problems"), ("validation", "held-out training rows")), 2):
+        for k, row in enumerate(row for row in rows if row.get(f"{kind}/n")):
+            n, p = row[f"{kind}/n"], row[f"{kind}/accuracy"]
+            low, high = wilson(round(p * n), n)
+            mark = {**style(i), "linestyle": "none", "label": None if k else f"{label}, n\u00a0=\u00a0{n:,}"}
+            axes.errorbar(row["step"], p, [[p - low], [high - p]], **mark, capsize=3)
+            said = " Others: sampled accuracy where nothing is trained, bars are 95 % (Wilson)."
+    return said
+
+
+def _path(v: Any) -> Picture:
+    """v is (steps, numbers)."""
+    figure, axes = canvas("The path of v", "training step", "value, without unit")
+    for i in range(min(SHOWN_V, v.shape[1])):
+        axes.plot(range(1, len(v) + 1), v[:, i], **style(i), markevery=(i % len(v), max(8, len(v) // 6)), label=f"v{i + 1}")
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    said = (
+        f"The trained numbers after each step; all are 0 before the first. Drawn: {min(SHOWN_V, v.shape[1])} of {v.shape[1]:,}."
+    )
+    return picture(figure, axes, "v", said, [f"At the end between {v[-1].min():.3g} and {v[-1].max():.3g}"])
+
+
+# ---- a study ------------------------------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean over seeds and its 95 % interval by bootstrap; a single seed has none, and gets its own value."""
+    low, high = bootstrap(values) if len(values) > 1 else (values[0], values[0])
+    return sum(values) / len(values), low, high
+
+
+def by(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
+    return {name: [row for row in rows if row[key] == name] for name in dict.fromkeys(row[key] for row in rows)}
+
+
+def counts(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def study_pictures(about: Row, results: Sequence[Row], curves: dict[str, list[list[float]]]) -> list[Picture]:
+    """Figures of a study's results, which are in the table's order; `curves` are each arm's rewards, by seed and step."""
+    axis = about.get("x")
+    places = {"x": about.get("x_label") or axis or ""}  # where a row's place on the axis is -> what the axis is called
+    sizes = {"num_parameters": "trained numbers", "bytes": "bytes of trained numbers"}
+    if axis in sizes and len({row["bytes"] / row["num_parameters"] for row in results}) > 1:
+        places |= {k: label for k, label in sizes.items() if k != axis}  # precisions: at equal count, and at equal size
+    numeric = any(is_number(row["x"]) for row in results)
+    with matplotlib.rc_context(STYLE):
+        found = []
+        for kind in ("sampled", "greedy"):
+            against = [_against(results, kind, place, label, axis in sizes) for place, label in places.items() if numeric]
+            found += against or [_beside(results, kind)]
+        return found + _learning(results, curves)
+
+
+def _caption(results: Sequence[Row]) -> str:
+    seeds = [len(rows) for rows in by(results, "arm").values()]
+    few = " With so few seeds the interval is too narrow." if min(seeds) < 8 else ""
+    n = counts([row["n"] for row in results])
+    return (
+        f"Mean over {counts(seeds)} seeds (faint dots), its 95 % interval by bootstrap over them.{few} n = {n} problems a seed."
+    )
+
+
+def _bases(results: Sequence[Row], kind: str) -> dict[str, float]:
+    """Accuracy of each base model before training, over all runs."""
+    models: dict[str, list[float]] = {}
+    for row in results:
+        models.setdefault(row["settings"]["model"], []).append(row["base"][kind])
+    return {"base" if len(models) == 1 else f"base, {m}": sum(v) / len(v) for m, v in models.items()}
+
+
+def _point(axes: Any, place: float, values: Sequence[float], i: int, sideways: bool = False) -> float:
+    """An arm's seeds, mean and interval, in the style of series i; returns the mean."""
+    mean, low, high = spread(values)
+    dots, middle = ([place] * len(values), list(values)), ([place], [mean])
+    bars = {"xerr" if sideways else "yerr": [[mean - low], [high - mean]]}
+    order = -1 if sideways else 1
+    axes.plot(*dots[::order], ".", color=COLOURS[i % 7], alpha=0.4, markeredgewidth=0)
+    axes.errorbar(*middle[::order], **bars, **{**style(i), "linestyle": "none"}, capsize=3)
+    return mean
+
+
+def _against(results: Sequence[Row], kind: str, place: str, label: str, logarithmic: bool) -> Picture:
+    """Accuracy by a numeric x, a line a series; a series without an x, or named full, is a level."""
+    figure, axes = canvas(f"{kind.capitalize()} accuracy", label, "accuracy, % of problems", 3.4)
+    series, alt, levels = by(results, "series"), [], {}
+    flat = {name for name, rows in series.items() if name.lower() == "full" or not all(is_number(r["x"]) for r in rows)}
+    xs = sorted({row[place] for row in results if row["series"] not in flat})
+    logarithmic = logarithmic and bool(xs) and xs[0] > 0
+    scale, back = (math.log, math.exp) if logarithmic else (float, float)
+    width = scale(xs[-1]) - scale(xs[0]) if xs else 0
+    for i, (name, rows) in enumerate(series.items()):
+        if name in flat:
+            mean, low, high = spread([row["trained"][kind] for row in rows])
+            axes.axhspan(low, high, color=COLOURS[i % 7], alpha=0.15, linewidth=0)
+            levels[f"{name}, {counts([row['num_parameters'] for row in rows])} numbers"] = mean, COLOURS[i % 7], "-."
+            continue
+        aside = width * 0.015 * (i - (len(series) - 1) / 2)  # so that bars of different series do not hide each other
+        points = {}
+        for x in sorted({row[place] for row in rows}):
+            at = back(scale(x) + aside)
+            points[at] = _point(axes, at, [row["trained"][kind] for row in rows if row[place] == x], i)
+            alt.append(f"{name} at {x:,}: {points[at]:.1%}")
+        axes.plot(list(points), list(points.values()), **style(i), label=name)
+    levels |= {name: (p, "#555555", DASHES[1 + i % 2]) for i, (name, p) in enumerate(_bases(results, kind).items())}
+    for name, (p, colour, dash) in levels.items():
+        axes.axhline(p, color=colour, linestyle=dash, linewidth=1.3, label=name)
+        alt.append(f"{name}: {p:.1%}")
+    if logarithmic:
+        axes.set_xscale("log")
+    shown = xs[:1]  # ticks are at the values that were run, less those too near their neighbour to be read
+    shown += [x for before, x in zip(xs, xs[1:], strict=False) if scale(x) - scale(before) > 0.08 * width]
+    axes.set_xticks(shown, [f"{x:,}" for x in shown])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=None))
+    return picture(figure, axes, f"{kind}-{place}", _caption(results) + " Series are drawn a little apart.", alt)
+
+
+def _beside(results: Sequence[Row], kind: str) -> Picture:
+    """Accuracy of arms that have no numeric x: a row each."""
+    arms, series = by(results, "arm"), list(by(results, "series"))
+    names = [textwrap.fill(name, 24) for name in arms]
+    tallest = max(name.count("\n") + 1 for name in names)
+    height = 1.2 + len(arms) * (0.15 + 0.16 * tallest)
+    figure, axes = canvas(f"{kind.capitalize()} accuracy", "accuracy, % of problems", "arm", height)
+    alt = []
+    for y, (name, rows) in enumerate(arms.items()):
+        mean = _point(axes, y, [row["trained"][kind] for row in rows], series.index(rows[0]["series"]), sideways=True)
+        alt.append(f"{name}: {mean:.1%}")
+    for i, (name, p) in enumerate(_bases(results, kind).items()):
+        axes.axvline(p, color="#555555", linestyle=DASHES[1 + i % 2], label=name)
+        alt.append(f"{name}: {p:.1%}")
+    axes.set_yticks(range(len(arms)), names, fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.02)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=None))
+    return picture(figure, axes, f"{kind}-arms", _caption(results) + " Colours and markers are series.", alt)
+
+
+def _learning(results: Sequence[Row], curves: dict[str, list[list[float]]]) -> list[Picture]:
+    """Reward over steps, an arm a line: in one figure, or where those are too many in one a series."""
+    drawn = {arm: np.array([c[: min(map(len, own))] for c in own]) for arm, own in curves.items()}  # (seeds, steps)
+    groups = by(results, "series") if len(drawn) > len(COLOURS) else {"": list(results)}
+    found = []
+    for k, (series, rows) in enumerate(groups.items()):
+        arms = [arm for arm in by(rows, "arm") if arm in drawn]
+        if not arms:
+            continue
+        figure, axes = canvas("Learning curves" + (f": {series}" if series else ""), "training step", "mean reward of a step")
+        seeds = counts([len(drawn[arm]) for arm in arms])
+        alt, said = [], f"Mean over {seeds} seeds; bands are its 95 % interval by bootstrap over them."
+        for i, arm in enumerate(arms):
+            c = drawn[arm]
+            width = math.ceil(c.shape[1] / POINTS)
+            starts = range(0, c.shape[1] - width + 1, width)
+            mean, low, high = zip(*(spread(c[:, s : s + width].mean(axis=1).tolist()) for s in starts), strict=True)
+            x = [s + (width + 1) / 2 for s in starts]
+            axes.plot(x, mean, **style(i), markevery=(i % len(x), max(5, len(x) // 6)), label=arm)
+            axes.fill_between(x, low, high, color=COLOURS[i % 7], alpha=0.15, linewidth=0)
+            alt.append(f"{arm}: {mean[0]:.3g} to {mean[-1]:.3g}")
+            said += f" {arm}: a point is {width} steps." if width > 1 else ""
+            said += f" {arm}: cut where its first seed ends." if any(len(own) > c.shape[1] for own in curves[arm]) else ""
+        axes.set_ylim(min(c.min() for c in drawn.values()), max(c.max() for c in drawn.values()))  # the same for all series
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        found.append(picture(figure, axes, f"curves-{k}" if series else "curves", said, alt))
+    return found
