@@ -82,12 +82,7 @@ def study_section(path: Path) -> tuple[str, str, list["Picture"]]:
         if missing := RESULT - row.keys():
             raise InputError(f"{path / 'results.jsonl'}: a row has no {', '.join(sorted(missing))}")
     results.sort(
-        key=lambda r: (
-            r["series"],
-            (0, r["x"], "") if is_number(r["x"]) else (1, r["num_parameters"], str(r["x"])),
-            r["arm"],
-            r["seed"],
-        )
+        key=lambda r: (r["series"], r["x"] if is_number(r["x"]) else r["num_parameters"], str(r["x"]), r["arm"], r["seed"])
     )
     arms, curves = by(results, "arm"), {}
     for arm, rows in arms.items():
