@@ -23,8 +23,8 @@ from tinylora.rl.statistics import wilson
 
 # accuracies of three seeds, by number of trained numbers
 SEEDS = {
-    "RL": {1: (0.5, 0.7, 0.65), 13: (0.6, 0.9, 0.85)},
-    r"<b>SFT</b> & $\x$": {1: (0.3, 0.4, 0.32), 13: (0.55, 0.45, 0.5)},
+    "RL": {2: (0.5, 0.7, 0.65), 13: (0.6, 0.9, 0.85)},
+    r"<b>SFT</b> & $\x$": {2: (0.3, 0.4, 0.32), 13: (0.55, 0.45, 0.5)},
     "full": {800_000: (0.95, 0.97, 0.96)},
 }
 
@@ -58,7 +58,7 @@ def study(tmp_path: Path) -> Path:
                     (out / row["run"] / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
     out.mkdir(exist_ok=True)
     (out / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[::-1]))
-    about = {"title": "Does <RL> win?", "question": "At 1 & 13?", "x": "num_parameters", "x_label": "numbers", "quick": True}
+    about = {"title": "Does <RL> win?", "question": "At 2 & 13?", "x": "num_parameters", "x_label": "numbers", "quick": True}
     (out / "study.json").write_text(json.dumps(about))
     return out
 
@@ -102,18 +102,18 @@ def test_a_study(study: Path, drawn: dict[str, Any]) -> None:
     make(study)
     check_page(study / "report.html")
     page = text((study / "report.html").read_text())
-    assert "<h1>Does &lt;RL&gt; win?</h1>" in page and "At 1 &amp; 13?" in page and "<b>" not in page
+    assert "<h1>Does &lt;RL&gt; win?</h1>" in page and "At 2 &amp; 13?" in page and "<b>" not in page
     assert "5 arms, 3 seeds each" in page and "64 problems; a --quick study" in page
     assert "without learning curves: arms of &lt;b&gt;SFT&lt;/b&gt; &amp; $\\x$; full." in page
     # A resample of three values is the least of them alone in 1 case of 27, more than 2.5 %: the interval is their range.
     cells = "<td>13</td><td>64</td><td>3</td><td>78.3% [60.0%, 90.0%]</td><td>39.2% [30.0%, 45.0%]</td>"
     assert f"<td>RL, 13</td>{cells}<td>90.0% (1)</td><td>60.0% (0)</td>" in page
-    assert [re.findall(r"<td>(.*?)</td>", row)[1] for row in page.split("<tr>")[2:]] == ["1", "13", "1", "13", "800,000"]
+    assert [re.findall(r"<td>(.*?)</td>", row)[1] for row in page.split("<tr>")[2:]] == ["2", "13", "2", "13", "800,000"]
 
     assert drawn.keys() == {"sampled-x", "greedy-x", "curves"}
     axes = drawn["sampled-x"]
     assert axes.get_xscale() == "log" and (axes.get_xlabel(), axes.get_ylabel()) == ("numbers", "accuracy, % of problems")
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "13"], "full is a level and needs no place on the axis"
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["2", "13"], "full is a level and needs no place on the axis"
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert np.allclose(lines["RL"].get_ydata(), [1.85 / 3, 2.35 / 3])
     assert np.allclose(lines["base"].get_ydata(), 0.46) and np.allclose(lines["full, 800,000 numbers"].get_ydata(), 0.96)
@@ -141,7 +141,7 @@ def test_precisions_at_equal_count_and_at_equal_size(study: Path, drawn: dict[st
     (study / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in half))
     make(study)
     assert drawn.keys() == {"sampled-x", "sampled-bytes", "greedy-x", "greedy-bytes", "curves"}
-    assert [t.get_text() for t in drawn["sampled-bytes"].get_xticklabels()] == ["2", "4", "26", "52"]
+    assert [t.get_text() for t in drawn["sampled-bytes"].get_xticklabels()] == ["4", "8", "26", "52"]
 
 
 def test_arms_without_a_number(study: Path, drawn: dict[str, Any]) -> None:
@@ -152,7 +152,7 @@ def test_arms_without_a_number(study: Path, drawn: dict[str, Any]) -> None:
     assert drawn.keys() == {"sampled-arms", "greedy-arms", "curves"}
     axes = drawn["greedy-arms"]
     names = [" ".join(t.get_text().split()) for t in axes.get_yticklabels()]
-    assert names[2:4] == ["RL, 1", "RL, 13"] and len(names) == 5
+    assert names[2:4] == ["RL, 2", "RL, 13"] and len(names) == 5
     assert np.allclose(axes.containers[3].lines[2][0].get_segments()[0], [[0.3, 3], [0.45, 3]])
 
 
@@ -217,7 +217,7 @@ def test_errors_name_the_path(study: Path, run: Path, tmp_path: Path, monkeypatc
     for broken, why in ((whole[:-20], "is torn"), ("", "is empty"), (whole + "7\n", "is torn")):
         (copy / "metrics.jsonl").write_text(broken)
         assert f"{copy / 'metrics.jsonl'} {why}" in said(copy)
-    metrics = study / "runs" / "RL1" / "0" / "metrics.jsonl"
+    metrics = study / "runs" / "RL2" / "0" / "metrics.jsonl"
     metrics.write_text(metrics.read_text()[:-3])
     assert f"{metrics} is torn" in said(study)
     metrics.unlink()

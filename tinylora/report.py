@@ -122,7 +122,8 @@ def run_section(path: Path, samples: bool) -> tuple[str, str, list["Picture"]]:
 
     [config], rows = read(path / "config.json"), read(path / "metrics.jsonl", lines=True)
     settings, done = config["settings"], max(row["step"] for row in rows)
-    names = ("model", "dataset", "method", "algorithm", "u", "r", "n_tie", "param_dtype", "learning_rate", "seed")
+    tiny = {"full": (), "lora": ("r",)}.get(settings.get("method"), ("u", "r", "n_tie", "param_dtype"))  # what its method reads
+    names = ("model", "dataset", "method", "algorithm", *tiny, "learning_rate", "seed")
     said = ", ".join(f"{name} {settings[name]}" for name in names if name in settings)
     facts = f"{config['num_parameters']:,} trained numbers, one seed, {done} of {config['max_steps']} steps; {said}."
     pictures = run_pictures(rows, settings)
