@@ -12,8 +12,9 @@ from tinylora.model import load_model
 from tinylora.rl.baselines import LORA_ALPHA, Baseline, decoder_tensors
 from tinylora.rl.config import TrainConfig, preset
 from tinylora.rl.memory import MemoryPlan
+from tinylora.rl.plan import trained_numbers
 from tinylora.rl.rollout import Completion
-from tinylora.rl.sft import sft_update
+from tinylora.rl.sft import sft_update, solution
 from tinylora.rl.trainer import Trainer
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [5, 6, 7]]
@@ -184,3 +185,43 @@ def test_sft_data(tmp_path, source):
     assert ("reward" in row) == (source == "own") and row["loss"] > 0
     if source == "own":  # the base samples them, whatever v has become
         assert row["mean_token_accuracy"] > 0.5
+
+
+def test_real_solutions(tmp_path, text_model):
+    """GSM8K's without calculator marks; too long ones are left out; a clear error where there are none."""
+    lines = ["Half of 48 is <<48/2=24>>24.\n#### 24", "long " * 100 + "\n#### 2", *["1 + 1 is 2\n#### 2"] * 10]
+    rows = [{"question": f"What is {i}?", "answer": answer} for i, answer in enumerate(lines)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = {"max_steps": 1, "prompts_per_step": 2, "eval_size": 0, "max_completion_length": 40, "n_tie": 4, "data": str(file)}
+    settings = {"model": str(text_model(["What is 48?", *lines[2:]])), "algorithm": "sft", **few}
+    run = Trainer(TrainConfig(**settings, output_dir=str(tmp_path / "a")))
+    assert [r["prompt"][-1]["content"][:10] for r in run.train_rows[:2]] == ["What is 0?", "What is 2?"], "1 is too long"
+    tokens = solution(run.train_rows[0], run.text, "given").tokens
+    assert run.text.decode(tokens) == "Half of 48 is 24.\n#### 24" and tokens[-1] in run.text.eos_ids
+    assert run._train_step()["loss"] > 0
+    file.write_text("".join(json.dumps({"prompt": row["question"], "answer": "2"}) + "\n" for row in rows))
+    with pytest.raises(InputError, match="no column 'solution'"):
+        Trainer(TrainConfig(**settings, dataset="mine", output_dir=str(tmp_path / "b")))
+
+
+def test_dry_run_counts_what_is_trained(tiny_model):
+    """As many numbers as the baselines hold."""
+    for family in ("qwen2", "qwen3", "llama"):
+        path = tiny_model(family)
+        model = load_model(str(path))
+        for method in ("lora", "full"):
+            c = TrainConfig(model=str(path), method=method)
+            assert trained_numbers(c, model.config) == Baseline(model, method, c.r, c.target_modules, 0).num_parameters
+
+
+def test_a_larger_base_is_built_and_trained_on(tmp_path):
+    """--size, in two steps of pretraining; then --model DIR --dataset builtin."""
+    from tinylora.demo.pretrain import SIZES, pretrain
+
+    pretrain(tmp_path / "base", steps=2, batch_size=2, size="medium")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"]) == SIZES["medium"]
+    few = {"prompts_per_step": 2, "num_generations": 2, "max_steps": 1, "eval_size": 8, "max_completion_length": 24}
+    run = Trainer(TrainConfig(model=str(tmp_path / "base"), dataset="builtin", **few, output_dir=str(tmp_path / "run")))
+    assert run.train()

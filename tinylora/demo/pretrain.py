@@ -1,8 +1,8 @@
-"""Rebuild the built-in base model: python -m tinylora.demo.pretrain --output-dir DIR
+"""Rebuild the built-in base model, or a larger one by the same recipe: python -m tinylora.demo.pretrain --output-dir DIR
 
-A Qwen2 of 0.8 M parameters learns the problems of `problems.py`, 40 % of them answered carefully and 60 % hastily, with
-the loss on the answer alone. It ends up able to solve them and usually not doing so. Pretraining trains every weight, so
-it uses the transformers model; everything else in this project uses ours.
+A Qwen2 of 0.8 M parameters (2.7 M and 6.3 M with --size) learns the problems of `problems.py`, 40 % of them answered carefully
+and 60 % hastily, with the loss on the answer alone. It ends up able to solve them and usually not doing so. Pretraining trains
+every weight, so it uses the transformers model; everything else in this project uses ours.
 """
 
 import math
@@ -29,9 +29,7 @@ CHAT_TEMPLATE = (
 PIECES = r"#### | has | [a-z]+\. |Gets |Loses |\. |How many\?|[A-Z][a-z]+|\d|."
 
 
-# --size: (hidden, layers); weights in bf16. small ships with the package; the others cost about 2.3 and 4.6 times its
-# multiplications a token (counted, not timed).
-SIZES = {"small": (128, 4), "medium": (192, 4), "large": (256, 5)}
+SIZES = {"small": (128, 4), "medium": (192, 6), "large": (256, 8)}  # hidden size, a multiple of 64, and layers
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -104,17 +102,19 @@ def careful_nll(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, str
 
 
 def pretrain(
-    output_dir: Annotated[Path, tyro.conf.arg(help="where the base is written, in Hugging Face layout")],
+    output_dir: Annotated[Path, tyro.conf.arg(aliases=["--output"], help="where the base is written, in Hugging Face layout")],
     steps: Annotated[int, tyro.conf.arg(help="optimizer steps")] = 6000,
     batch_size: Annotated[int, tyro.conf.arg(help="examples per step")] = 64,
     learning_rate: Annotated[float, tyro.conf.arg(help="AdamW peak, with linear warm-up and decay to zero")] = 3e-3,
-    size: Annotated[Literal["small", "medium", "large"], tyro.conf.arg(help="hidden size 128, 192 or 256")] = "small",
+    size: Annotated[Literal["small", "medium", "large"], tyro.conf.arg(help="small is the one that comes along")] = "small",
     seed: Annotated[int, tyro.conf.arg(help="of the weights and the examples")] = 0,
 ) -> None:
-    """Pretrain the built-in base model on the CPU and write it to --output-dir."""
+    """Pretrain a base model on the CPU and write it to --output-dir, for --model DIR --dataset builtin. All steps of small take
+    about 30 minutes of one core, of medium 2.4 and of large 3.5 times that (ratios of 40 steps)."""
+    hidden, layers = SIZES[size]
     torch.manual_seed(seed)
     rng, began = random.Random(seed), time.perf_counter()
-    tokenizer, model = build_tokenizer(), build_model(*SIZES[size])
+    tokenizer, model = build_tokenizer(), build_model(hidden, layers)
     stream, held_out = problems("train", seed + 1), problems("test", seed + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     progress = tqdm(range(steps), desc="pretrain")

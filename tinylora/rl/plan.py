@@ -10,7 +10,7 @@ from pathlib import Path
 from tinylora.model.config import ModelConfig
 from tinylora.model.decoder import PROJECTIONS
 from tinylora.model.loader import resolve_model
-from tinylora.rl.config import TrainConfig
+from tinylora.rl.config import LEARNING_RATES, TrainConfig
 from tinylora.rl.prompts import messages
 from tinylora.rl.rewards import CONTROLS
 from tinylora.rl.tasks import KNOWN, Row, load_task
@@ -32,7 +32,7 @@ def config_of(model: str, beside: str | None) -> tuple[ModelConfig, Path | None]
 def plan(c: TrainConfig, model: ModelConfig, text: Text | None, row: Row | None) -> str:
     """The plan, line by line. `row` is the first of the task, `text` the model's tokenizer, where there are such."""
     groups = c.adapter.groups(model.num_layers)
-    count, stored = c.adapter.num_parameters(model.num_layers), {"float32": 4}.get(c.param_dtype, 2)
+    count, stored = trained_numbers(c, model), {"float32": 4}.get(c.param_dtype, 2)
     shapes = [model.shape(name) for name in PROJECTIONS]
     matrix = model.num_layers * sum(n * k for n, k in shapes)  # weights that every token is multiplied with
     embedding = model.vocab_size * model.hidden_size
@@ -55,12 +55,17 @@ def plan(c: TrainConfig, model: ModelConfig, text: Text | None, row: Row | None)
     shown = "\n".join(f"    {m['role']}: {m['content']}" for m in row["prompt"]) if row else ""
     if text and row:
         shown = "    " + text.render(row["prompt"]).replace("\n", "\n    ")
+    adapted_as = f"{len(groups)}, in {max(groups.values()) + 1} groups ({c.tie_mode}, n_tie {c.adapter.n_tie}), basis {c.basis}"
+    shape = f", r {c.r}, u {c.adapter.u}"
+    if c.method in LEARNING_RATES:
+        held = _bytes(4 * weights + 12 * count)
+        adapted_as = f"every weight, by --method {c.method}" if c.method == "full" else f"{len(groups)}, by LoRA of rank {c.r}"
+        shape = f"; a second model, its gradients and Adam's state take {held} more"
     return "\n".join(
         [
             f"model            {c.model}: {model.num_layers} layers, {weights:,} weights in {size}",
-            f"adapted modules  {len(groups)}, in {max(groups.values()) + 1} groups ({c.tie_mode}, n_tie {c.n_tie}), "
-            f"basis {c.basis}",
-            f"trained numbers  {count} ({count * stored} bytes in {c.param_dtype}), r {c.r}, u {c.u}",
+            f"adapted modules  {adapted_as}",
+            f"trained numbers  {count} ({count * stored} bytes in {c.param_dtype}){shape}",
             f"memory           weights {_bytes(weights * width)}, factors {_bytes(factors)}, "
             f"keys and values {_bytes(kv)} a token, {_bytes(kv * tokens)} with every completion at its longest",
             f"a step           {c.prompts_per_step} prompts x {c.num_generations} completions, at most {tokens:,} tokens "
@@ -74,6 +79,20 @@ def plan(c: TrainConfig, model: ModelConfig, text: Text | None, row: Row | None)
             shown,
         ]
     )
+
+
+def trained_numbers(c: TrainConfig, model: ModelConfig) -> int:
+    """What this method trains on such a model."""
+    shapes = {name: model.shape(name) for name in PROJECTIONS}
+    if c.method == "lora":
+        return model.num_layers * sum(c.r * sum(shapes[name]) for name in c.target_modules)
+    if c.method != "full":
+        return c.adapter.num_parameters(model.num_layers)
+    biased = (PROJECTIONS[:3] if model.qkv_bias else ()) + (PROJECTIONS[3:4] if model.o_bias else ())
+    layer = sum(n * k for n, k in shapes.values()) + sum(shapes[name][0] for name in biased)
+    layer += 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
+    ends = model.vocab_size * model.hidden_size * (1 if model.tied_head else 2) + model.hidden_size
+    return model.num_layers * layer + ends
 
 
 def _bytes(n: float) -> str:

@@ -6,6 +6,7 @@
 built-in task's solutions in another style.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,8 @@ def solution(row: Row, text: Text, source: str) -> Completion:
     column = "foreign" if source == "foreign" else "solution"
     if not isinstance(row.get(column), str):
         raise InputError(f"--algorithm sft: a row has no column {column!r} with text (it has {', '.join(sorted(row))})")
-    tokens = text.tokenizer(row[column], add_special_tokens=False)["input_ids"]
+    words = re.sub(r"<<[^>]*>>", "", row[column].strip())  # without GSM8K's calculator marks
+    tokens = text.tokenizer(words, add_special_tokens=False)["input_ids"]
     return Completion([*tokens, text.tokenizer.eos_token_id], [], True)
 
 
