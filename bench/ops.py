@@ -202,8 +202,15 @@ def _engine(name: str, group: FrozenLinear, M: Tensor, x: Tensor, dy: Tensor) ->
 
 @contextmanager
 def _backend(name: str) -> Iterator[None]:
-    with patch.dict(os.environ, {"TINYLORA_BACKEND": name}):
+    before = os.environ.get("TINYLORA_BACKEND")
+    os.environ["TINYLORA_BACKEND"] = name  # one variable: patch.dict sets them all, in 100 us that would be timed
+    try:
         yield
+    finally:
+        if before is None:
+            del os.environ["TINYLORA_BACKEND"]
+        else:
+            os.environ["TINYLORA_BACKEND"] = before
 
 
 def _under(name: str, group: FrozenLinear, M: Tensor) -> Callable[[Tensor], Tensor]:
