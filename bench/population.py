@@ -52,7 +52,7 @@ def main() -> None:
 
         def decode(group: list[Trainer]) -> None:
             with torch.no_grad():
-                roll_out(draw(group), stacked([t.policy for t in group]), Clock())
+                roll_out(draw(group), stacked([t.policy.matrices() for t in group]), Clock())
 
         def one() -> None:
             shares, first = draw(runs), runs[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from tinylora import prng
 from tinylora.adapter import Adapter
 from tinylora.model.decoder import Matrices
-from tinylora.rl.step import Clock, dead_groups, draw, finish, length_metrics, reward_metrics, roll_out
+from tinylora.rl.step import Clock, dead_groups, draw, finish, length_metrics, reward_metrics, roll_out, stacked
 from tinylora.rl.tasks import Row
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def es_step(trainers: Sequence["Trainer"]) -> list[Row]:
         assert isinstance(adapter, Adapter)
         eps.append(noise(adapter.v, s.count, s.trainer.config.seed, s.trainer.step))
         each.append(adapter.matrices(adapter.v + s.trainer.config.sigma * eps[-1]))
-    matrices = [None if m[0] is None else torch.cat([x for x in m if x is not None]) for m in zip(*each, strict=True)]
-    roll_out(shares, matrices, clock, own_rows=True)
+    roll_out(shares, stacked(each), clock, own_rows=True)
     rows = []
     for s, e in zip(shares, eps, strict=True):
         adapter, advantages = s.trainer.policy, s.advantages

@@ -21,7 +21,7 @@ from tinylora.rl.grading import Verdict
 from tinylora.rl.rewards import call_reward, random_rewards
 from tinylora.rl.rollout import Completion, rollout
 from tinylora.rl.tasks import Row
-from tinylora.rl.update import Batch, Policy, update
+from tinylora.rl.update import Batch, update
 
 if TYPE_CHECKING:
     from tinylora.rl.trainer import Trainer
@@ -139,7 +139,7 @@ def grpo_step(trainers: Sequence["Trainer"]) -> list[Row]:
     """One step of each run; returns their metrics rows."""
     clock, shares = Clock(), draw(trainers)
     with torch.no_grad():
-        matrices = stacked([t.policy for t in trainers])
+        matrices = stacked([t.policy.matrices() for t in trainers])
     roll_out(shares, matrices, clock)
     advantages = [s.advantages for s in shares]
     batches = [Batch(s.repeated(), s.completions, a) for s, a in zip(shares, advantages, strict=True)]
@@ -165,12 +165,12 @@ def _descend(t: "Trainer", batch: Batch) -> Row:
     return first
 
 
-def stacked(policies: Sequence[Policy]) -> Matrices | None:
-    """The matrices of all policies, one adapter each: M (policies, segments, r, r) of each fused linear."""
-    each = [p.matrices() for p in policies]
-    if len(each) == 1 or each[0] is None:
+def stacked(each: Sequence[Matrices | None]) -> Matrices | None:
+    """All their adapters in one: M (adapters, segments, r, r) of each fused linear. None is the base model, alone."""
+    whole = [m for m in each if m is not None]
+    if len(whole) < 2:
         return each[0]
-    return [None if m[0] is None else torch.cat(m) for m in zip(*each, strict=True)]
+    return [None if m[0] is None else torch.cat([x for x in m if x is not None]) for m in zip(*whole, strict=True)]
 
 
 # ---- metrics ------------------------------------------------------------------------------------------------------------
