@@ -15,7 +15,9 @@ rows came with it, because MKL picks the same inner kernel for all of them.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -144,11 +146,16 @@ def two_products(x: Tensor, z: Tensor | None, weight: Tensor, Bt: Tensor | None,
     return torch.mm(x, weight.T, out=y) if bias is None else torch.addmm(bias, x, weight.T, out=y)
 
 
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off, where it is on: between large products every needless call costs tens of microseconds of cold code."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
 def _shrunk(x: Tensor, weight: Tensor, c: Correction) -> Tensor:
     """z (T, R) in x's dtype; in the factors' where they are wider than the weight, as fp32 ones are on a bf16 base."""
     if c.A.itemsize > weight.itemsize:
         return shrink_ref(x.to(c.A.dtype), c)
-    return shrink(x, replace(c, A=c.A.to(x.dtype)))
+    return shrink(x, c if c.A.dtype == x.dtype else replace(c, A=c.A.to(x.dtype)))
 
 
 def _product(x: Tensor, z: Tensor, weight: Tensor, Bt: Tensor, bias: Tensor | None) -> Tensor:
@@ -177,7 +184,7 @@ def _forward(
     t: Tensor | None,
 ) -> Tensor:
     """y (T, N). t (T, R) is filled for the backward; None where there will be none."""
-    with torch.autocast(x.device.type, enabled=False):  # M stays in its own precision; x comes in the one wanted
+    with _no_autocast(x.device.type):  # M stays in its own precision; x comes in the one wanted
         z = _shrunk(x, weight, Correction(A, Bt, M, row_adapter, t))
         return _product(x, z, weight, Bt, bias)
 
@@ -186,7 +193,7 @@ def _backward(
     dy: Tensor, t: Tensor, M: Tensor, weight: Tensor, A: Tensor, Bt: Tensor, row_adapter: Tensor | None, wants_dx: bool
 ) -> tuple[Tensor | None, Tensor]:
     """dx (T, K), where it is wanted, and dM."""
-    with torch.autocast(dy.device.type, enabled=False):
+    with _no_autocast(dy.device.type):
         dy, s = dy.contiguous(), torch.empty_like(t)  # (T, R)
         sM = _shrunk(dy, weight, Correction(Bt, A, M.transpose(-1, -2), row_adapter, s))
         return _product(dy, sM, weight.T, A, None) if wants_dx else None, reduce_dM(s, t, M, row_adapter)
