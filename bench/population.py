@@ -2,7 +2,7 @@
 
     together    one step of 16 runs (4 learning rates x 4 seeds) whose rollouts share the decode steps
     solo        the same runs' steps one by one
-    one         one adapter on as many rows: what the adapters of a row cost
+    one         the same rows under one adapter, and under as many copies of it (alike): what an adapter for each row costs
     es          a step of evolution strategies beside one of GRPO, at the same rollouts
 
 On the built-in model, 16 prompts x 8 completions each, in turns within one run; the runs go on while they are measured, so
@@ -54,18 +54,22 @@ def main() -> None:
             with torch.no_grad():
                 roll_out(draw(group), stacked([t.policy.matrices() for t in group]), Clock())
 
-        def one() -> None:
+        def same_rows(copies: int) -> None:
+            """The rollout of all members' prompts under the first's adapter, held so many times."""
             shares, first = draw(runs), runs[0]
             with torch.no_grad():
-                matrices = first.policy.matrices()
+                matrices = stacked([first.policy.matrices()] * copies)
             prompts = [p for s in shares for p in s.prompts]
             names = [(s.trainer.config.seed, s.trainer.step * s.count + i) for s in shares for i in range(s.count)]
-            rollout(first.model, matrices, prompts, first.config.num_generations, first.sampling(), names=names)
+            owner = [i % copies for i, s in enumerate(shares) for _ in s.prompts]
+            n, sampling = first.config.num_generations, first.sampling()
+            rollout(first.model, matrices, prompts, n, sampling, row_adapter=owner, names=names)
 
         calls: dict[str, Callable[[], Any]] = {
             "rollout/together": lambda: decode(runs),
             "rollout/solo": lambda: [decode([t]) for t in runs],
-            "rollout/one": one,
+            "rollout/alike": lambda: same_rows(len(runs)),
+            "rollout/one": lambda: same_rows(1),
             "step/together": lambda: grpo_step(runs),
             "step/solo": lambda: [t._train_step() for t in runs],
             "single/grpo": runs[0]._train_step,
@@ -93,7 +97,7 @@ def main() -> None:
 
     ratios = {
         "rollout, together / solo": ratio("rollout/together", "rollout/solo"),
-        "rollout, together / one adapter": ratio("rollout/together", "rollout/one"),
+        "rollout, an adapter for each row / one": ratio("rollout/alike", "rollout/one"),
         "step, together / solo": ratio("step/together", "step/solo"),
         "step, GRPO / ES": ratio("single/grpo", "single/es"),
     }
