@@ -24,7 +24,7 @@ from tinylora.rl.statistics import wilson
 # accuracies of three seeds, by number of trained numbers
 SEEDS = {
     "RL": {2: (0.5, 0.7, 0.65), 13: (0.6, 0.9, 0.85)},
-    r"<b>SFT</b> & $\x$": {2: (0.3, 0.4, 0.32), 13: (0.55, 0.45, 0.5)},
+    r"SFT <b>&</b> $\x$": {2: (0.3, 0.4, 0.32), 13: (0.55, 0.45, 0.5)},
     "full": {800_000: (0.95, 0.97, 0.96)},
 }
 
@@ -104,11 +104,20 @@ def test_a_study(study: Path, drawn: dict[str, Any]) -> None:
     page = text((study / "report.html").read_text())
     assert "<h1>Does &lt;RL&gt; win?</h1>" in page and "At 2 &amp; 13?" in page and "<b>" not in page
     assert "5 arms, 3 seeds each" in page and "64 problems; a --quick study" in page
-    assert "without learning curves: arms of &lt;b&gt;SFT&lt;/b&gt; &amp; $\\x$; full." in page
+    assert "without learning curves: arms of SFT &lt;b&gt;&amp;&lt;/b&gt; $\\x$; full." in page
     # A resample of three values is the least of them alone in 1 case of 27, more than 2.5 %: the interval is their range.
     cells = "<td>13</td><td>64</td><td>3</td><td>78.3% [60.0%, 90.0%]</td><td>39.2% [30.0%, 45.0%]</td>"
     assert f"<td>RL, 13</td>{cells}<td>90.0% (1)</td><td>60.0% (0)</td>" in page
-    assert [re.findall(r"<td>(.*?)</td>", row)[1] for row in page.split("<tr>")[2:]] == ["2", "13", "2", "13", "800,000"]
+    results, needed = page.split("<h3>Numbers needed</h3>")
+    assert [re.findall(r"<td>(.*?)</td>", row)[1] for row in results.split("<tr>")[2:]] == ["2", "13", "2", "13", "800,000"]
+    # Half of the way from 46 % to 78.3 % is 62.2 %, which RL passes where log count is 0.005 / 0.167 of the way from 2 to 13.
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in needed.split("<tr>")[2:]]
+    assert len(rows) == 12 and rows[0][0] == "sampled 62.2%, 50% of the gain: RL" and rows[0][1].startswith("2.12 [at most 2, ")
+    assert rows[0][2] == "1 [1, 1]" and rows[1][1:] == [
+        "not reached [not reached, not reached]",
+        "not reached [0, not reached]",
+    ]
+    assert "times RL&#x27;s [95 %]" in needed
 
     assert drawn.keys() == {"sampled-x", "greedy-x", "curves"}
     axes = drawn["sampled-x"]
@@ -117,14 +126,14 @@ def test_a_study(study: Path, drawn: dict[str, Any]) -> None:
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert np.allclose(lines["RL"].get_ydata(), [1.85 / 3, 2.35 / 3])
     assert np.allclose(lines["base"].get_ydata(), 0.46) and np.allclose(lines["full, 800,000 numbers"].get_ydata(), 0.96)
-    apart = lines["RL"].get_xdata() / lines[r"<b>SFT</b> & $\x$"].get_xdata()
+    apart = lines["RL"].get_xdata() / lines[r"SFT <b>&</b> $\x$"].get_xdata()
     assert (np.abs(apart - 1) > 0.01).all() and (np.abs(apart - 1) < 0.1).all()
     points = [values for name, p in SEEDS.items() if name != "full" for values in p.values()]
     spans = sorted(tuple(np.round(s[:, 1], 6)) for bar in axes.containers for s in bar.lines[2][0].get_segments())
     assert spans == sorted((min(values), max(values)) for values in points)
     dots = sorted(y for line in axes.get_lines() if line.get_marker() == "." for y in line.get_ydata())
     assert dots == sorted(v for values in points for v in values)
-    rl, sft = lines["RL"], lines[r"<b>SFT</b> & $\x$"]
+    rl, sft = lines["RL"], lines[r"SFT <b>&</b> $\x$"]
     assert rl.get_color() != sft.get_color() and rl.get_marker() != sft.get_marker()
 
     # The seeds end after 5, 4 and 3 steps; means of i / 10 + 0, 0.2 and 0.4.
@@ -152,8 +161,8 @@ def test_arms_without_a_number(study: Path, drawn: dict[str, Any]) -> None:
     assert drawn.keys() == {"sampled-arms", "greedy-arms", "curves"}
     axes = drawn["greedy-arms"]
     names = [" ".join(t.get_text().split()) for t in axes.get_yticklabels()]
-    assert names[2:4] == ["RL, 2", "RL, 13"] and len(names) == 5
-    assert np.allclose(axes.containers[3].lines[2][0].get_segments()[0], [[0.3, 3], [0.45, 3]])
+    assert names[:2] == ["RL, 2", "RL, 13"] and len(names) == 5
+    assert np.allclose(axes.containers[1].lines[2][0].get_segments()[0], [[0.3, 1], [0.45, 1]])
 
 
 def test_a_run_and_its_answers(run: Path, drawn: dict[str, Any]) -> None:
@@ -259,7 +268,7 @@ def test_in_a_browser(study: Path, run: Path, tmp_path: Path, width: int) -> Non
     found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", browse("--dump-dom", probe))[1]))
     assert found["inner"] == width and found["page"] <= width, found
     assert len(found["images"]) == 8 and all(natural > 0 for natural, _ in found["images"])
-    assert all(box <= width - 32 for box in found["boxes"]) and len(found["boxes"]) == 2
+    assert all(box <= width - 32 for box in found["boxes"]) and len(found["boxes"]) == 3
     inches = figures.STYLE["legend.fontsize"] / 72
     dots = figures.STYLE["savefig.dpi"]  # to the inch, of the file's own pixels
     assert all(shown <= width - 32 and inches * dots * shown / natural > 9 for natural, shown in found["images"]), found

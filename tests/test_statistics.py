@@ -9,6 +9,8 @@ from tinylora.rl.statistics import (
     Z80,
     Z95,
     bootstrap,
+    count_to_reach,
+    counts_to_reach,
     mcnemar,
     paired_difference,
     pass_at_k,
@@ -271,3 +273,24 @@ def test_the_smallest_difference_where_nothing_changed() -> None:
 
 def test_z80_is_the_normal_quantile() -> None:
     assert abs(0.5 * (1 + math.erf(Z80 / math.sqrt(2))) - 0.8) < 1e-15
+
+
+@pytest.mark.parametrize(("level", "count"), [(0.4, 2), (0.6, 4), (0.7, 8), (0.8, 16), (0.2, 1), (0.1, 1), (0.81, math.inf)])
+def test_count_to_reach(level: float, count: float) -> None:
+    """Halfway between two counts is their geometric mean."""
+    assert math.isclose(count_to_reach([1, 4, 16], [0.2, 0.6, 0.8], level), count)
+    assert math.isclose(count_to_reach([1, 4, 16, 64], [0.2, 0.6, 0.8, 0.3], level), count), "the first that reaches it"
+
+
+def test_counts_to_reach_share_their_seeds() -> None:
+    """A series that needs four times the numbers at every seed: the counts are uncertain, the ratio is not."""
+    seeds = [-0.2, -0.1, 0.0, 0.1, 0.2]
+    first = [[0.3 + 0.1 * math.log2(n) + e for n in (1, 4, 16, 64)] for e in seeds]
+    fourfold = [[0.3 + 0.1 * math.log2(n / 4) + e for n in (1, 4, 16, 64)] for e in seeds]
+    never = [[0.1, 0.1, 0.1, 0.1] for _ in seeds]
+    (one, same), (four, ratio), (none, without) = counts_to_reach([[1, 4, 16, 64]] * 3, [first, fourfold, never], 0.5)
+    assert same == (1.0, 1.0, 1.0) and math.isclose(one[0], 4) and math.isclose(four[0], 16)
+    assert one[1] < 3 and one[2] > 5 and all(math.isclose(r, 4) for r in ratio)
+    assert none == (math.inf,) * 3 and without == (math.inf,) * 3
+    _, (_, neither) = counts_to_reach([[1, 4, 16, 64]] * 2, [never, never], 0.5)
+    assert math.isnan(neither[0]) and neither[1:] == (0, math.inf)

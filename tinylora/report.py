@@ -3,6 +3,7 @@
 import argparse
 import base64
 import json
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -12,11 +13,15 @@ from tinylora.cli import run_command
 from tinylora.errors import InputError
 from tinylora.files import write_text
 from tinylora.rl.run_directory import Row
-from tinylora.rl.statistics import paired_difference, wilson
+from tinylora.rl.statistics import counts_to_reach, paired_difference, wilson
 
 if TYPE_CHECKING:
     from tinylora.rl.figures import Picture
 
+GAINS = (0.5, 0.8, 0.9)  # of the best arm's, whose cost in trained numbers a study's page compares
+NEEDED = """Trained numbers at which a series reaches a share of the gain from the base to the best arm: between the counts that
+were run, on a straight line over their logarithm. Intervals are by bootstrap over the seeds, which all series share. At most:
+the fewest numbers that were run are enough; a ratio to such a series is at least what it says."""
 PROBLEMS = 6  # whose answers a run's page shows
 RESULT = {"arm", "series", "x", "seed", "settings", "num_parameters", "bytes", "n", "base", "trained", "run"}
 HEAD = """<!doctype html>
@@ -110,7 +115,45 @@ def study_section(path: Path) -> tuple[str, str, list["Picture"]]:
     table = html_table([*header, "best (seed)", "worst (seed)"], lines)
     title = str(about.get("title") or path.name)
     said = "".join(f"<p>{escape(text)}</p>\n" for text in (str(about.get("question", "")), facts))
-    return title, said + html_figures(pictures) + table, pictures
+    return title, said + html_figures(pictures) + table + numbers_needed(about, results), pictures
+
+
+def numbers_needed(about: Row, results: Sequence[Row]) -> str:
+    """How many trained numbers each series needs for a share of the best arm's gain, beside the first series.
+
+    Empty where the study is not about that, or its series do not share two seeds or more.
+    """
+    from tinylora.rl.figures import by
+
+    series = {name: rows for name, rows in by(results, "series").items() if len({r["num_parameters"] for r in rows}) > 1}
+    seeds = sorted({row["seed"] for rows in series.values() for row in rows})
+    counts = [sorted({row["num_parameters"] for row in rows}) for rows in series.values()]
+    whole = all(len(rows) == len(seeds) * len(c) for rows, c in zip(series.values(), counts, strict=True))
+    if about.get("x") != "num_parameters" or len(series) < 2 or len(seeds) < 2 or not whole:
+        return ""
+    lines = []
+    for kind in ("sampled", "greedy"):
+        accuracies = []  # series, seeds, counts
+        for rows, own in zip(series.values(), counts, strict=True):
+            of = {(row["seed"], row["num_parameters"]): row["trained"][kind] for row in rows}
+            accuracies.append([[of[seed, n] for n in own] for seed in seeds])
+        base = sum(row["base"][kind] for row in results) / len(results)
+        best = max(sum(arm) / len(seeds) for one in accuracies for arm in zip(*one, strict=True))
+        for share in GAINS:
+            level = base + share * (best - base)
+            found = counts_to_reach(counts, accuracies, level)
+            for name, own, (needed, ratio) in zip(series, counts, found, strict=True):
+                cells = [f"{kind} {level:.1%}, {share:.0%} of the gain: {name}"]
+                for (value, low, high), least in ((needed, own[0]), (ratio, -math.inf)):
+                    cells.append(f"{_count(value, least)} [{_count(low, least)}, {_count(high, least)}]")
+                lines.append(cells)
+    return f"<h3>Numbers needed</h3>\n<p>{NEEDED}</p>\n" + html_table(
+        ["level: series", "numbers [95 %]", f"times {next(iter(series))}'s [95 %]"], lines
+    )
+
+
+def _count(x: float, least: float) -> str:
+    return "not reached" if not x < math.inf else f"{'at most ' if x <= least else ''}{x:.3g}"
 
 
 # ---- a run --------------------------------------------------------------------------------------------------------------
