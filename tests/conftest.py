@@ -1,6 +1,12 @@
 """Shared fixtures. No test reads or writes the user's own cache, and none needs the network or a GPU."""
 
 import os
+
+# pytest -n: workers and the processes they start share the cores instead of waiting for each other's threads.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+# ruff: noqa: E402  (torch reads that when it is imported)
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
