@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.measure import peak_extra_bytes
 from tinylora.errors import InputError
 from tinylora.rl import es as es_module
 from tinylora.rl import step as step_module
@@ -14,8 +15,9 @@ from tinylora.rl.trainer import Trainer
 
 
 def trainer(tmp_path, **changes) -> Trainer:
+    algorithm = changes.get("algorithm", "es")
     small = {"max_steps": 4, "eval_size": 0, "prompts_per_step": 4, "num_generations": 4, "output_dir": str(tmp_path)}
-    return Trainer(TrainConfig(**(preset("builtin", "tinylora", "es") | small | {"algorithm": "es"} | changes)))
+    return Trainer(TrainConfig(**(preset("builtin", "tinylora", algorithm) | small | {"algorithm": algorithm} | changes)))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -40,6 +42,20 @@ def test_a_row_is_a_solo_run_of_its_adapter_and_the_gradient_is_theirs(tmp_path,
     advantages = compute_advantages(share.rewards, 4, "batch").values
     want = sum(-a * e.double() for a, e in zip(advantages, eps, strict=True)) / (16 * run.config.sigma)
     torch.testing.assert_close(run.policy.v.grad.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_takes_no_more_memory_than_its_rollout(tmp_path, monkeypatch):
+    """What a step allocates beside the rollout is gone, or smaller, when the rollout is at its peak; GRPO's update is not."""
+    run, peaks = trainer(tmp_path / "es", num_generations=8), []
+    roll_out = es_module.roll_out
+    held = run.policy.v.numel() * 4 * 32 + sum(m.numel() * 4 * 32 for m in run.policy.matrices())  # eps, and each row's M
+    run._train_step()
+    step = peak_extra_bytes(run._train_step)
+    monkeypatch.setattr(es_module, "roll_out", lambda *a, **k: peaks.append(peak_extra_bytes(lambda: roll_out(*a, **k))))
+    run._train_step()
+    assert peaks[0] > 2**20 and step <= 1.1 * peaks[0] + 4 * held
+    grpo = trainer(tmp_path / "grpo", num_generations=8, algorithm="grpo")
+    assert peak_extra_bytes(grpo._train_step) > 2 * step
 
 
 def test_settings_that_cannot_be(tmp_path):
