@@ -59,6 +59,7 @@ stage verdicts 150 25 python -m bench.verdicts --json "$OUT/verdicts.json"
 stage tests 100 12 python -m pytest -m gpu -q -p no:cacheprovider -k "not cuda_kernel" tests
 stage same_bits 60 3 bash -c same_bits
 stage rollout 100 14 python -m bench.rollout --prompts 64 --lengths gsm8k --longest 512 --rounds 3 --json "$OUT/rollout.json"
+stage grpo 90 12 python -m bench.grpo --json "$OUT/grpo.json"
 stage decode 120 60 bash -c decode
 stage ops 150 90 python -m bench.ops --quick --rounds 7 --json "$OUT/ops.json"
 stage sanitizer 90 12 python -m pytest -m gpu -q -p no:cacheprovider -k "cuda_kernel and clean" tests/test_gpu.py

@@ -8,10 +8,11 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -82,6 +83,35 @@ def call_seconds(call: Callable[[int], Any], first: int, times: int, device: str
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3 / times
+
+
+@contextmanager
+def seconds_in(methods: Sequence[tuple[type, str]], device: str) -> Iterator[Callable[[], float]]:
+    """Within the block, counts seconds in calls of these methods: the GPU's between events around each, the wall's on a CPU.
+
+    Yields a function that returns them, to be asked when the work is done.
+    """
+    spent: list[Callable[[], float]] = []
+
+    def counted(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if not device.startswith("cuda"):
+                seconds, result = timed(lambda: method(*arguments, **named))
+                spent.append(lambda: seconds)
+                return result
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            result = method(*arguments, **named)
+            end.record()
+            spent.append(lambda: begin.elapsed_time(end) / 1e3)
+            return result
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, name in methods:
+            stack.enter_context(patch.object(owner, name, counted(getattr(owner, name))))
+        yield lambda: sum(one() for one in spent)
 
 
 class Rounds:

@@ -46,16 +46,27 @@ def rows(count: int) -> list[dict[str, Any]]:
     return [{"question": " ".join(text[8 * i : 8 * i + 8]), "answer": "#### 1"} for i in range(count)]
 
 
+def settings(path: Path, prompts: int, samples: int, longest: int, device: str, scratch: Path) -> dict[str, Any]:
+    """Of a run in which no group is dead, in one microbatch; its rows are written into `scratch`."""
+    (scratch / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows(max(20, 2 * prompts))))
+    found: dict[str, Any] = {"model": str(path), "dataset": "gsm8k", "data": str(scratch / "rows.jsonl"), "eval_size": 0}
+    found |= {
+        "u": 13,
+        "n_tie": "all",
+        "prompts_per_step": prompts,
+        "num_generations": samples,
+        "max_steps": 1,
+        "device": device,
+    }
+    found |= {"max_completion_length": longest, "microbatch_tokens": 10**6, "output_dir": str(scratch / "run")}
+    return found | {"reward": "bench.memory:alternating", "dtype": "float32" if device == "cpu" else "bfloat16"}
+
+
 def ours(path: Path, longest: int, device: str, scratch: Path) -> dict[str, float]:
     from tinylora.rl.config import TrainConfig
     from tinylora.rl.trainer import Trainer
 
-    (scratch / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows(20)))
-    settings: dict[str, Any] = {"model": str(path), "dataset": "gsm8k", "data": str(scratch / "rows.jsonl"), "eval_size": 0}
-    settings |= {"u": 13, "n_tie": "all", "prompts_per_step": 1, "num_generations": SAMPLES, "max_steps": 1, "device": device}
-    settings |= {"max_completion_length": longest, "microbatch_tokens": 10**6, "output_dir": str(scratch / "run")}
-    settings |= {"reward": "bench.memory:alternating", "dtype": "float32" if device == "cpu" else "bfloat16"}
-    trainer = Trainer(TrainConfig(**settings))
+    trainer = Trainer(TrainConfig(**settings(path, 1, SAMPLES, longest, device, scratch)))
     before = held(device)
     row = trainer._train_step()
     return {"before": before, "peak": peak(device), "tokens": row["completions/mean_length"], "seconds": row["step_time"]}

@@ -8,7 +8,9 @@
 In one process, in turns, the same sampling; tokens/s count what is decoded up to the end of each sequence. With `--lengths`
 gsm8k or fixed, sequences are cut where a fixed draw says, on both sides (a long tail like GSM8K's completions, or all alike),
 since random weights end nowhere. The floor of a decode step is the larger of its bytes (weights once, keys and values once) at
-the rate of a copy and its FLOP at the rate of a large product, both measured first in the same run.
+the rate of a copy and its FLOP at the rate of a large product, both measured first in the same run. MBU is the bytes' part of
+it: the share of the copy's rate at which the steps move what they must. The host's share of the time is what is left beside
+decode steps and prefill, in one more call of its own.
 """
 
 import argparse
@@ -22,13 +24,14 @@ from typing import Any
 
 import torch
 
-from bench.measure import Rounds, card, copy_rate, gemm_rate, print_json, quantiles
+from bench.measure import Rounds, card, copy_rate, gemm_rate, print_json, quantiles, seconds_in, timed
 from bench.models import gsm8k_like, model_directory
 from tinylora.adapter import Adapter, TinyLoRAConfig
 from tinylora.cli import table
 from tinylora.model import load_model
 from tinylora.model.decoder import Decoder, KVCache
-from tinylora.rl.rollout import Sampling, Usage, rollout
+from tinylora.rl.rollout import Sampling, Usage, _Rollout, rollout
+from tinylora.rl.slots import Slots
 from tinylora.rl.tasks import load_task
 from tinylora.rl.text import Text
 
@@ -88,12 +91,13 @@ def vllm_engine(path: Path) -> Any:
     return LLM(str(path), skip_tokenizer_init=True, gpu_memory_utilization=0.4, max_model_len=4096)
 
 
-def floors(model: Decoder, usage: Usage, mean_length: float, rates: tuple[float, float]) -> float:
-    """Least seconds of the decode steps of a rollout: every step reads the weights, every token its keys and values."""
+def floors(model: Decoder, usage: Usage, mean_length: float, rates: tuple[float, float]) -> tuple[float, float]:
+    """Least seconds of a rollout's decode steps by what they move, every step the weights and every token its keys and values,
+    and by their FLOP."""
     size = model.embedding.element_size()
     parameters = sum(g.weight.numel() for layer in model.layers for g in layer.groups) + model.head.numel()
     cached = KVCache.bytes_per_token(model.config, size) * mean_length
-    return max((usage.steps * parameters * size + usage.tokens * cached) / rates[1], 2 * parameters * usage.tokens / rates[0])
+    return (usage.steps * parameters * size + usage.tokens * cached) / rates[1], 2 * parameters * usage.tokens / rates[0]
 
 
 def main() -> None:
@@ -172,7 +176,11 @@ def main() -> None:
             raise SystemExit(f"only {counted.kept} undisturbed rounds of {o.rounds}; other processes were running")
         usage = usages["ours"]
         mean = statistics.mean(map(len, prompts)) + usage.tokens / count / 2
-        floor = floors(model, usage, mean, rates)
+        by_bytes, by_flop = floors(model, usage, mean, rates)
+        floor = max(by_bytes, by_flop)
+        with seconds_in([(Slots, "step"), (_Rollout, "_prefill")], o.device) as on_device:
+            whole, _ = timed(calls["ours"])
+        host = 1 - on_device() / whole
 
     rate = {name: statistics.mean(tokens[name]) / statistics.median(seconds[name]) for name in calls}
     lines = [
@@ -183,9 +191,10 @@ def main() -> None:
     occupied = usage.tokens / usage.rows
     spent = statistics.median(seconds["ours"])
     print(
-        f"ours: {usage.steps} steps of {spent / usage.steps * 1e3:.2f} ms, {spent / floor:.1f} x floor, slots {occupied:.0%} "
-        f"occupied, {usage.restarted} restarts, {usage.prefilled} prompt tokens; {counted.kept} rounds kept, "
-        f"{counted.dropped} dropped; floors from {rates[0] / 1e9:,.0f} GFLOP/s and {rates[1] / 1e9:,.0f} GB/s"
+        f"ours: {usage.steps} steps of {spent / usage.steps * 1e3:.2f} ms, {spent / floor:.1f} x floor, "
+        f"MBU {by_bytes / spent:.0%}, host {host:.1%} of the time, slots {occupied:.0%} occupied, {usage.restarted} restarts, "
+        f"{usage.prefilled} prompt tokens; {counted.kept} rounds kept, {counted.dropped} dropped; "
+        f"floors from {rates[0] / 1e9:,.0f} GFLOP/s and {rates[1] / 1e9:,.0f} GB/s"
     )
     print_json(
         {
@@ -197,6 +206,8 @@ def main() -> None:
             "tokens_per_second": rate,
             "steps": usage.steps,
             "floor_seconds": floor,
+            "mbu": by_bytes / spent,
+            "host_share": host,
             "occupied": occupied,
             "adapter_overhead": rate["base"] / rate["ours"] - 1,
             "ratio": rate["ours"] / rate["generate + PEFT"],

@@ -399,8 +399,43 @@ def test_rollout_counts_what_each_side_decodes(capsys, monkeypatch, tmp_path):
     assert json.loads(said.splitlines()[-1]) == result
     assert result["tokens"] == {name: sum(gsm8k_like(4, 20)) for name in ("ours", "base", "generate + PEFT")}
     assert result["steps"] == 20 and 0 < result["occupied"] <= 1 and result["floor_seconds"] > 0
+    assert 0 < result["mbu"] < 1 and 0 < result["host_share"] < 1
     table = report.rollout_table(result)
     assert f"| ours | {result['seconds']['ours']['median'] * 1e3:,.0f} |" in table
+
+
+def test_seconds_in_methods_are_counted_while_the_block_runs():
+    class Sleeper:
+        def nap(self, seconds: float) -> str:
+            time.sleep(seconds)
+            return "awake"
+
+    sleeper = Sleeper()
+    with measure.seconds_in([(Sleeper, "nap")], "cpu") as spent:
+        assert sleeper.nap(0.05) == "awake" and sleeper.nap(seconds=0.05) == "awake"
+        time.sleep(0.1)
+    sleeper.nap(0.1)
+    assert 0.1 <= spent() < 0.18
+
+
+def test_grpo_bench_counts_its_tokens_and_flop(capsys, monkeypatch, tmp_path):
+    """On the built-in model, where no end token is cut off: 2 prompts x 2 samples."""
+    from bench import grpo
+    from tinylora.model import load_model
+
+    arguments = ["grpo", "--model", "builtin", "--prompts", "2", "--samples", "2", "--longest", "8", "--rounds", "3"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--json", str(tmp_path / "out.json")])
+    grpo.main()
+    result = json.loads((tmp_path / "out.json").read_text())
+    seconds, rate = ({k: v for k, v in result[name].items()} for name in ("seconds", "tokens_per_second"))
+    tokens = {name: rate[name] * seconds[name]["median"] for name in rate}
+    completions = tokens["rollout"]
+    assert 2 <= completions <= 32 and tokens["step"] - completions == pytest.approx(2 * (tokens["update"] - completions))
+    model = load_model("builtin")
+    weights = sum(g.weight.numel() for layer in model.layers for g in layer.groups)
+    flop = 4 * weights * tokens["update"] + 4 * model.head.numel() * completions
+    assert result["mfu"] == pytest.approx(flop / seconds["update"]["median"] / result["gemm_tflops"] / 1e12)
+    assert "update: MFU" in capsys.readouterr().out
 
 
 def test_gsm8k_like_lengths_have_a_tail():
