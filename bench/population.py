@@ -34,7 +34,7 @@ def trainers(folder: Path, algorithm: str, rates: tuple[float, ...], seeds: rang
     for lr in rates:
         for seed in seeds:
             own = {"learning_rate": lr, "seed": seed, "output_dir": str(folder / f"{algorithm}-{lr}-{seed}"), "eval_size": 0}
-            config = TrainConfig(**preset("builtin", "tinylora", algorithm) | own | {"algorithm": algorithm, "max_steps": 1000})
+            config = TrainConfig(**preset("builtin", "tinylora", algorithm) | own | {"max_steps": 1000})
             found.append(Trainer(config, like=found[0] if found else None))
     return found
 

@@ -17,7 +17,7 @@ from tinylora.rl.trainer import Trainer
 def trainer(tmp_path, **changes) -> Trainer:
     algorithm = changes.get("algorithm", "es")
     small = {"max_steps": 4, "eval_size": 0, "prompts_per_step": 4, "num_generations": 4, "output_dir": str(tmp_path)}
-    return Trainer(TrainConfig(**(preset("builtin", "tinylora", algorithm) | small | {"algorithm": algorithm} | changes)))
+    return Trainer(TrainConfig(**(preset("builtin", "tinylora", algorithm) | small | changes)))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -27,7 +27,7 @@ KINDS = ["tinylora", "lora_xs", "lora", "full"]
 def trainer(tmp_path, **changes) -> Trainer:
     small = {"max_steps": 3, "eval_size": 0, "prompts_per_step": 4, "num_generations": 4, "output_dir": str(tmp_path)}
     chosen = {"method": changes.get("method", "tinylora"), "algorithm": changes.get("algorithm", "grpo")}
-    return Trainer(TrainConfig(**(preset("builtin", **chosen) | small | chosen | changes)))
+    return Trainer(TrainConfig(**(preset(**chosen) | small | changes)))
 
 
 def hf_loss(network) -> torch.Tensor:

@@ -28,9 +28,9 @@ def parse(arguments: list[str]) -> TrainConfig:
             raise InputError("--resume needs --output-dir, the run to continue")
         settings = {**_stored_settings(Path(output_dir)), **settings}
     else:
-        plain = {"model": "builtin", "method": "tinylora", "algorithm": "grpo"}
-        chosen = {name: split_flag(arguments, f"--{name}")[0] or settings.get(name, usual) for name, usual in plain.items()}
-        settings = {**preset(**chosen), **chosen, **({"max_steps": -1} if epochs else {}), **settings}
+        said = {n: split_flag(arguments, f"--{n}")[0] or settings.get(n) for n in ("model", "method", "algorithm")}
+        usual = preset(**{name: value for name, value in said.items() if value})
+        settings = {**usual, **({"max_steps": -1} if epochs else {}), **settings}
     program = "python -m tinylora.train"
     return tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**settings), prog=program)
 

@@ -1,7 +1,7 @@
 """The decoder: Qwen2/2.5, Qwen3 and Llama 3.x, frozen. One layer loop serves scoring, update, prefill and decode.
 
-Tokens travel packed: (T,) ids with positions, many sequences one after another, boundaries in cu_seqlens. A decode step is
-T = one token for each slot. What differs is only how a token attends, so the loop takes that as an argument.
+Tokens travel packed: (T,) ids with positions, many sequences one after another. A decode step is T = one token for each
+slot. What differs is only how a token attends, so the loop takes that as an argument.
 """
 
 import math

@@ -32,10 +32,10 @@ LEARNING_RATES = {"lora": 1e-5, "full": 1e-6}
 BUILTIN_LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 
 
-def preset(model: str, method: str, algorithm: str) -> dict[str, Any]:
-    """The defaults of a run with this model, method and algorithm, beside those of TrainConfig."""
+def preset(model: str = "builtin", method: str = "tinylora", algorithm: str = "grpo") -> dict[str, Any]:
+    """These three, and the defaults of a run with them where they are not TrainConfig's own."""
     builtin = model == "builtin"
-    settings = dict(BUILTIN_PRESET) if builtin else {}
+    settings = {**(BUILTIN_PRESET if builtin else {}), "model": model, "method": method, "algorithm": algorithm}
     rates = BUILTIN_LEARNING_RATES if builtin else LEARNING_RATES
     if method in rates:
         settings["learning_rate"] = rates[method]
