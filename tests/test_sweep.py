@@ -114,3 +114,19 @@ def test_a_broken_study_is_refused_before_it_runs(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         sweep.main([str(study), "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_shipped_studies_can_run():
+    """Each is read whole and --quick; whole, every arm has 8 draws of P, and SFT's arms are those of RL but for the algorithm."""
+    files = sorted((Path(sweep.__file__).parent.parent / "recipes" / "studies").glob("*.toml"))
+    assert {f.stem for f in files} >= {"parameters", "rl-sft", "tying", "precision", "rank", "es", "scaling"}
+    for file in files:
+        whole, quick = (sweep.read_study(file, quick=q) for q in (False, True))
+        assert whole.seeds == 8 and quick.seeds == 1 and [a.name for a in whole.arms] == [a.name for a in quick.arms]
+    arms = sweep.read_study(files[[f.stem for f in files].index("rl-sft")], quick=False).arms
+    kinds = [{k: v for k, v in a.settings.items() if k not in ("algorithm", "sft_data")} for a in arms]
+    assert (
+        len(arms) == 16
+        and all(kinds[i : i + 4] == kinds[:4] for i in (4, 8, 12))
+        and all(a.choose == arms[0].choose for a in arms)
+    )
