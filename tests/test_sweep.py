@@ -59,6 +59,7 @@ def test_a_study_its_choice_and_going_on(tmp_path):
     ]  # fmt: skip
     assert {r["series"] for r in found} == {"RL", "ES"} and all(r["n"] == 16 and r["steps"] == 2 for r in found)
     assert all(r["settings"]["projection_seed"] == r["seed"] for r in found), "the same draws of P in each arm"
+    assert str(tmp_path) not in (out / "results.jsonl").read_text(), "results may be published"
     assert "RL, 3 numbers" in said and "worst..best" in said
 
     # The choice: by held-out training rows of runs with other seeds, which were never scored on the test problems.

@@ -231,7 +231,7 @@ def result(arm: Arm, c: TrainConfig, x: str | None, out: Path) -> dict[str, Any]
         "series": arm.series,
         "x": places.get(x, about["settings"].get(x)) if x else None,
         "seed": c.seed,
-        "settings": about["settings"],
+        "settings": {k: v for k, v in about["settings"].items() if k != "output_dir"},  # "run" says where, and travels
         "num_parameters": count,
         "bytes": size,
         "n": scores[-1]["eval/n"],
