@@ -17,6 +17,28 @@ import torch
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
+# pytest -n gives out whole files; the longest go first, or one worker is left with them at the end.
+LONGEST = (
+    "test_train",
+    "test_interpreted",
+    "test_report",
+    "test_csrc",
+    "test_methods",
+    "test_population",
+    "test_aot",
+    "test_sweep",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # xdist's own order is by the number of tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
