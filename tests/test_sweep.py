@@ -124,10 +124,7 @@ def test_the_shipped_studies_can_run():
     for file in files:
         whole, quick = (sweep.read_study(file, quick=q) for q in (False, True))
         assert whole.seeds == 8 and quick.seeds == 1 and [a.name for a in whole.arms] == [a.name for a in quick.arms]
-    arms = sweep.read_study(files[[f.stem for f in files].index("rl-sft")], quick=False).arms
+    arms = sweep.read_study(next(f for f in files if f.stem == "rl-sft"), quick=False).arms
     kinds = [{k: v for k, v in a.settings.items() if k not in ("algorithm", "sft_data")} for a in arms]
-    assert (
-        len(arms) == 16
-        and all(kinds[i : i + 4] == kinds[:4] for i in (4, 8, 12))
-        and all(a.choose == arms[0].choose for a in arms)
-    )
+    assert len(arms) == 16 and all(kinds[i : i + 4] == kinds[:4] for i in (4, 8, 12))
+    assert all(a.choose == arms[0].choose for a in arms)
