@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinylora.kernels import dispatch
+from tinylora.kernels import dispatch, native
 from tinylora.kernels.correction import (
     Correction,
     add_shrunk,
@@ -257,11 +257,44 @@ def add_norm_backward_triton(
     return out
 
 
+def add_norm_native(
+    x: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    inner: Correction | None,
+    outer: Correction | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward in C."""
+    T, width = x.shape
+    h, rstd = padded(T, width, outer, x), x.new_empty(T, 1)
+    new = x if y is None else x.new_empty(T, width)
+    z, b = (None, None) if z is None or inner is None else (z.contiguous(), inner.Bt)
+    rank, tail = 0 if z is None else z.shape[1], h.shape[1] - width - (outer.rank if outer else 0)
+    terms = (*native.rows(x), *native.rows(y), z, rank, *native.rows(b), weight)
+    out = (new, *native.rows(h), tail, rstd)
+    native.call("add_norm_forward", x.numel(), T, width, eps, *terms, *out, *native.mixing(outer))
+    return new, h, rstd
+
+
+def add_norm_backward_native(
+    dx: Tensor | None, dh: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, inner: Correction | None
+) -> Tensor:
+    """The backward in C."""
+    T, width = x.shape
+    out = padded(T, width, inner, x)
+    terms = (*native.rows(dx), *native.rows(dh), x, rstd, weight)
+    tail = out.shape[1] - width - (inner.rank if inner else 0)
+    native.call("add_norm_backward", x.numel(), T, width, *terms, *native.rows(out), tail, *native.mixing(inner, True))
+    return out
+
+
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, z, M, weight, eps, inner, outer):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
-        new, h, rstd = _op(x)(x, y, z, weight, eps, inner, outer)
+        new, h, rstd = _forward_op(x, outer)(x, y, z, weight, eps, inner, outer)
         ctx.save_for_backward(new, rstd, weight)
         ctx.inner = inner
         return new, h
@@ -270,11 +303,15 @@ class _AddNorm(torch.autograd.Function):
     def backward(ctx, dx, dh):  # type: ignore[no-untyped-def]
         x, rstd, weight = ctx.saved_tensors
         op = add_norm_backward_triton if dispatch.runs_triton("add_norm", x) else add_norm_backward_plain
+        if dispatch.runs_native("add_norm", x, x.shape[1], c=ctx.inner):
+            op = add_norm_backward_native
         d = op(dx, dh, x, rstd, weight, ctx.inner)
         return d[:, : x.shape[1]], d, None, None, None, None, None, None
 
 
-def _op(x: Tensor):  # type: ignore[no-untyped-def]
+def _forward_op(x: Tensor, outer: Correction | None):  # type: ignore[no-untyped-def]
+    if dispatch.runs_native("add_norm", x, x.shape[1], c=outer):
+        return add_norm_native
     return add_norm_triton if dispatch.runs_triton("add_norm", x) else add_norm_plain
 
 
@@ -291,5 +328,5 @@ def add_norm(
     M = inner.M if inner is not None else None
     if y is not None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, M)):
         return _AddNorm.apply(x, y, z, M, weight, eps, inner, outer)
-    new, h, _ = _op(x)(x, y, z, weight, eps, inner, outer)
+    new, h, _ = _forward_op(x, outer)(x, y, z, weight, eps, inner, outer)
     return new, h

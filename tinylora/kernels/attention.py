@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinylora.kernels import dispatch, native
 from tinylora.kernels.frozen_linear import NARROW
 
 SHORT = 128  # longest sequence that a CPU attends to in plain products
@@ -143,6 +144,25 @@ class Packing:
         return index, keys, bias
 
     @cached_property
+    def most_keys(self) -> int:
+        """That any query sees."""
+        return max(n + b for n, b in zip(self.lengths, self.before, strict=True))
+
+    @cached_property
+    def table(self) -> tuple[Tensor, Tensor, Tensor]:
+        """start, length and prefix (-1: none) of each sequence and suffix, (sequences,) int64 each."""
+        parents = [-1] * self.whole + list(self.prefixes)
+        return self.starts, torch.tensor(self.lengths), torch.tensor(parents)
+
+    @cached_property
+    def families(self) -> tuple[Tensor, Tensor]:
+        """Sequences and suffixes ordered by the sequence that they are or continue, (sequences,) int64, and where each such
+        family begins among them, with the end, (families + 1,) int64."""
+        heads = torch.tensor([*range(self.whole), *self.prefixes])
+        members = heads.argsort(stable=True)
+        return members, F.pad(heads.bincount(minlength=self.whole).cumsum(0), (1, 0))
+
+    @cached_property
     def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """keys (T'',): the rows of k that each sequence or suffix sees, one after another; ends of queries and of keys
         (sequences + 1,) int32; the longest of each."""
@@ -155,6 +175,34 @@ class Packing:
         seen = [n + b for n, b in zip(self.lengths, self.before, strict=True)]
         ends = [F.pad(torch.tensor(x).cumsum(0), (1, 0)).to(self.device, torch.int32) for x in (self.lengths, seen)]
         return torch.cat(rows).to(self.device), ends[0], ends[1], max(self.lengths), max(seen)
+
+
+class _NativeAttention(torch.autograd.Function):
+    """In C, query by query as `decode_attention` does and to its bits; saves q, k, v and recomputes the probabilities."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, layout):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(q, k, v)
+        ctx.layout, out = layout, q.new_empty(q.shape)
+        where = (layout.sequence, layout.place)
+        native.call("packed_attention_forward", q.numel(), *_native_arguments(q, k, v, layout), *where, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        q, k, v = ctx.saved_tensors
+        members, family = ctx.layout.families
+        dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        grads = (dout.contiguous(), dq, dk, dv, members, family, len(family) - 1)
+        native.call("packed_attention_backward", q.numel(), *_native_arguments(q, k, v, ctx.layout), *grads)
+        return dq, dk, dv, None
+
+
+def _native_arguments(q: Tensor, k: Tensor, v: Tensor, layout: Packing) -> tuple[Any, ...]:
+    (T, heads, D), kv_heads = q.shape, k.shape[1]
+    q, k, v = (x if x.stride(2) == 1 and x.stride(1) == D else x.contiguous() for x in (q, k, v))
+    rows = [part for x in (q, k, v) for part in (x, x.stride(0))]
+    return T, heads, kv_heads, D, layout.most_keys, *rows, *layout.table
 
 
 @cache
@@ -181,6 +229,8 @@ def packed_attention(
         attention, options = _varlen()
         out: Tensor = attention(q.contiguous(), k.contiguous(), v.contiguous(), ends_q, ends_k, longest_q, longest_k, **options)
         return out
+    if (layout.most_keys <= SHORT or layout.capacity is not None) and dispatch.runs_native("packed_attention", q, q.shape[2] // 2):
+        return _NativeAttention.apply(q, k, v, layout)
     split = layout.split
     out = _whole(q[:split], k[:split], v[:split], layout)
     return torch.cat([out, _suffixes(q[split:], k, v, layout)]) if layout.prefixes else out

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from tinylora.cli import run_command
-from tinylora.errors import InputError
+from tinylora.errors import BuildError, InputError
 from tinylora.files import cache_dir, write_text
 
 SOURCES = Path(__file__).parent.parent / "csrc"  # a link to csrc/ in a checkout, a folder in an installed package
@@ -33,12 +33,8 @@ FLAGS = ("-O3", "--threads=0", "-std=c++17", "-shared", "-Xcompiler=-fPIC,-Wall"
 STABLE = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")  # 2.11: what is built serves it and later versions
 
 
-class BuildError(Exception):
-    """Why there is no library, in one line."""
-
-
 def sources() -> list[Path]:
-    return sorted(SOURCES.glob("*"))
+    return sorted(f for f in SOURCES.glob("*") if f.suffix != ".c")  # cpu.c is `native`'s
 
 
 def architecture(device: torch.device) -> str:

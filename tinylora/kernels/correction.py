@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinylora.kernels import dispatch
+from tinylora.kernels import dispatch, native
 
 ONEDNN_COLUMNS = 512  # of a CPU's narrow product from which oneDNN beats MKL at any number of rows
 
@@ -48,6 +48,18 @@ class Correction:
         dense = self.M.new_zeros(segments, r, segments, r)
         dense.diagonal(dim1=0, dim2=2).copy_(self.M.detach()[0].permute(1, 2, 0))
         return dense.view(segments * r, -1)
+
+    @cached_property
+    def flat_M(self) -> Tensor:
+        return self.M.detach().contiguous()
+
+    @cached_property
+    def fits_native(self) -> bool:
+        """Whether the C kernels take it (`native`)."""
+        held = [k for k in (self.A, self.Bt, self.M, self.t, self.s) if k is not None]
+        plain = all(k.dtype == torch.float32 and k.stride(-1) == 1 for k in held)
+        adapter = self.row_adapter is None or (self.row_adapter.dtype == torch.int64 and self.row_adapter.is_contiguous())
+        return plain and adapter and self.rank <= native.MOST
 
     def refresh(self) -> None:
         """M was changed in place: so is what was derived from it, in its place, where a CUDA graph reads it."""
@@ -126,7 +138,7 @@ def write_sM(dy: Tensor, width: int, c: Correction | None) -> None:
 def _write(x: Tensor, width: int, c: Correction, t: Tensor, transposed: bool) -> None:
     end = width + c.rank
     c.mix(t, transposed, out=x[:, width:end])
-    if dispatch.backend(x.device.type) in ("padded", "triton", "cuda"):  # a product over the whole pad will follow
+    if dispatch.backend(x.device.type) in ("padded", "native", "triton", "cuda"):  # a product over the whole pad will follow
         x[:, end:] = 0
         if not transposed:
             x[:, end] = 1

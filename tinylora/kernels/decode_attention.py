@@ -22,12 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinylora.kernels import dispatch
+from tinylora.kernels import dispatch, native
 from tinylora.kernels.attention import softmax_scores
 from tinylora.kernels.correction import Correction, add_shrunk, arguments, store_mixed
 from tinylora.kernels.frozen_linear import NARROW
 from tinylora.kernels.launch import launch
-from tinylora.kernels.rope import Heads, rope, rope_cache_triton
+from tinylora.kernels.rope import Heads, rope, rope_cache_native, rope_cache_triton
 from tinylora.kernels.shrink import shrink
 
 BUDGET = {"_partial": (128, 40_960), "_combine": (64, 4096)}  # kernel: registers a thread, bytes of shared memory
@@ -72,6 +72,8 @@ def rope_into_cache(
     """The tokens' q; their k and v go into the cache."""
     if view.table is not None and dispatch.runs_triton("decode_attention", qkv):
         return rope_cache_triton(qkv, cos, sin, h, keys, values, view.positions, view.table)
+    if dispatch.runs_native("decode_attention", qkv, h.head_dim // 2):
+        return rope_cache_native(qkv, cos, sin, h, keys, values, view.positions, view.table)
     q, k, v = rope(qkv, cos, sin, h, None)
     page, place = view.place
     keys[page, :, place] = k
@@ -239,6 +241,17 @@ def decode_attention_triton(
     return out, None if o is None else z
 
 
+def decode_attention_native(
+    q: Tensor, keys: Tensor, values: Tensor, view: CacheView, o: Correction | None
+) -> tuple[Tensor, Tensor | None]:
+    """In C. Every slot reads its own keys alone."""
+    (slots, heads, D), kv_heads, size = q.shape, keys.shape[1], keys.shape[2]
+    out, most = q.new_empty(slots, heads * D), 0 if view.table is None else view.table.shape[1]
+    where = (keys, values, view.positions, view.table, most, size)
+    native.call("decode_attention", slots * native.PARALLEL // 8, slots, heads, kv_heads, D, q.contiguous(), *where, out)
+    return out, None if o is None else shrink(out, o)
+
+
 def decode_attention(
     q: Tensor,  # (slots, H, D)
     keys: Tensor,  # (pages, Hkv, page_size, D)
@@ -249,4 +262,6 @@ def decode_attention(
     """One query per slot against its cached keys up to and with its own position."""
     if view.table is not None and dispatch.runs_triton("decode_attention", q):
         return decode_attention_triton(q, keys, values, view, o)
+    if dispatch.runs_native("decode_attention", q, q.shape[2] // 2, c=o):
+        return decode_attention_native(q, keys, values, view, o)
     return decode_attention_plain(q, keys, values, view, o)

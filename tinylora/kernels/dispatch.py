@@ -19,19 +19,25 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tinylora.errors import InputError
+from tinylora.errors import BuildError, InputError
 from tinylora.files import cache_dir, write_text
+from tinylora.kernels import native
+
+if TYPE_CHECKING:
+    from tinylora.kernels.correction import Correction
 
 # reference, addmm: plain PyTorch, the correction as a second product on plain weights. padded, triton, cuda: Triton row
 # kernels, and the frozen linear as one product over padded buffers, as the fused Triton kernel, as the CUDA decode kernel.
-BACKENDS = ("reference", "addmm", "padded", "triton", "cuda")
+# native, on a CPU: C row kernels and attention, and the frozen linear as one product over padded buffers.
+BACKENDS = ("reference", "addmm", "native", "padded", "triton", "cuda")
 CHECKS = "tinylora.kernels.self_check:CHECKS"
 CUDA_CHECKS = "tinylora.kernels.self_check:CUDA_CHECKS"
+NATIVE_CHECKS = "tinylora.kernels.self_check:NATIVE_CHECKS"
 START_SECONDS = 180.0  # for a child to import PyTorch and reach the device; an op's own time begins after that
 KERNELS = Path(__file__).parent
 
@@ -40,11 +46,20 @@ _verdicts: dict[torch.device, dict[str, Verdict]] = {}
 
 
 def backend(device_type: str) -> str:
-    """TINYLORA_BACKEND where it is set; otherwise addmm on a CPU and padded on a GPU. InputError for an unknown name."""
-    name = os.environ.get("TINYLORA_BACKEND") or ("padded" if device_type == "cuda" else "addmm")
+    """TINYLORA_BACKEND where it is set; otherwise native on a CPU and padded on a GPU. InputError for an unknown name."""
+    name = os.environ.get("TINYLORA_BACKEND") or ("padded" if device_type == "cuda" else "native")
     if name not in BACKENDS:
         raise InputError(f"TINYLORA_BACKEND={name}: choose one of {', '.join(BACKENDS)}")
     return name
+
+
+def _wants_native(device_type: str) -> bool:
+    return device_type == "cpu" and backend("cpu") == "native"
+
+
+def runs_native(op: str, x: Tensor, *widths: int, c: "Correction | None" = None) -> bool:
+    """Whether `op` runs its C kernel on rows like x, of these widths and with this correction, once that is proven."""
+    return _wants_native(x.device.type) and native.fits(x, *widths) and (c is None or c.fits_native) and _proven(op, x.device)
 
 
 def _wants_triton(device_type: str) -> bool:
@@ -74,7 +89,7 @@ def runs_cuda(op: str, x: Tensor) -> bool:
 def _proven(op: str, device: torch.device, compiled: bool = False) -> bool:
     verdicts = _verdicts.get(device)
     if verdicts is None or (compiled and op not in verdicts):
-        if torch.cuda.is_current_stream_capturing():
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"{op} is being captured into a CUDA graph unproven; call dispatch.prove(device) before")
         verdicts = prove(device)
     if op not in verdicts:
@@ -90,17 +105,19 @@ def prove(device: torch.device, checks: str = CHECKS) -> dict[str, Verdict]:
     is plain PyTorch; where it is cuda, the CUDA C++ kernels are compiled and proven too. Failed ops are reported on stderr
     once.
     """
-    if not _wants_triton(device.type):
+    if not _wants_triton(device.type) and not _wants_native(device.type):
         return {}
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    if _wants_native(device.type) and checks == CHECKS:
+        checks = NATIVE_CHECKS
     known = _verdicts.setdefault(device, {})
     found = {} if known else _checked(device, checks)
     if device.type == "cuda" and backend("cuda") == "cuda" and checks == CHECKS and "decode_linear" not in known:
         found |= _checked(device, CUDA_CHECKS)
     known |= found
     for verdict in found.values():
-        if verdict["error"] is not None:
+        if verdict["error"] is not None and "told" not in verdict:
             _report(verdict, device)
     return known
 
@@ -114,6 +131,13 @@ def _checked(device: torch.device, checks: str) -> dict[str, Verdict]:
             build.library([build.architecture(device)])
         except build.BuildError as error:
             return {"decode_linear": {"op": "decode_linear", "error": f"it was not compiled: {error}"}}
+    if checks == NATIVE_CHECKS:
+        try:
+            native.functions()
+        except BuildError as error:
+            print(f"tinylora: no C kernels on the CPU, plain PyTorch takes their place: {error}", file=sys.stderr)
+            names = getattr(importlib.import_module(checks.split(":")[0]), "NATIVE_CHECKS")
+            return {op: {"op": op, "error": "it was not compiled", "told": True} for op in names}
     return _cached_or_checked(device, checks)
 
 
@@ -123,7 +147,7 @@ def _report(verdict: Verdict, device: torch.device) -> None:
     if op == "decode_linear":
         where, instead = f" --checks {CUDA_CHECKS}", "the padded product and its row kernels"
     else:
-        where, instead = "", "plain PyTorch"
+        where, instead = f" --checks {NATIVE_CHECKS}" if device.type == "cpu" else "", "plain PyTorch"
     print(
         f"tinylora: {lead}{op} runs as {instead} on {device}, because its kernel failed the self-check "
         f"({verdict['error']}). More: python -m tinylora.kernels.self_check --device {device}{where} --ops {op}. "
@@ -172,6 +196,8 @@ def _conditions(device: torch.device, checks: str) -> dict[str, Any]:
         "triton": triton.__version__,
         "device": device.type,
     }
+    if checks == NATIVE_CHECKS:
+        conditions["library"] = native.identity()
     if checks == CUDA_CHECKS:
         conditions["library"] = build.library([build.architecture(device)]).name
     if device.type == "cuda":

@@ -6,7 +6,8 @@ It never sees M: whoever produces x writes z beside it, whoever produces dy writ
 Autograd keeps nothing for it. Three ways to the same product, chosen by the backend:
 
     addmm     two products on plain weights, the large one added to the small one in place
-    padded    one product over the buffer [[W, B, bias], [A, 0, 0]]: the correction enters the accumulator of a stock GEMM
+    padded    one product over the buffer [[W, B, bias], [A, 0, 0]]: the correction enters the accumulator of a stock GEMM; native
+              and cuda do the same
     triton    one product on plain weights with the rank-R update in its epilogue (`fused_linear`)
 
 Rows without a pad get no correction in the forward: the attention's output, whose z the next kernel adds (`add_norm`).
@@ -34,7 +35,7 @@ def _forward(x: Tensor, group: FrozenLinear, y: Tensor) -> None:
     """y (T, N) = the map of x (T, K) or (T, padded)."""
     (N, K), kind = group.weight.shape, dispatch.backend(x.device.type)
     carries = x.shape[1] > K
-    if group.buffer is not None and kind in ("padded", "cuda") and (carries or group.bias is None):
+    if group.buffer is not None and kind in ("padded", "native", "cuda") and (carries or group.bias is None):
         torch.mm(x, group.buffer[:N, : x.shape[1]].T, out=y)
         return
     Bt = group.Bt if carries else None
@@ -49,7 +50,7 @@ def linear_backward(dy: Tensor, group: FrozenLinear, dx: Tensor) -> Tensor:
     """dx (T, K), which is written and returned: the transposed map of dy (T, N) or (T, padded)."""
     (N, K), kind = group.weight.shape, dispatch.backend(dy.device.type)
     carries = dy.shape[1] > N
-    if group.buffer is not None and kind in ("padded", "cuda"):
+    if group.buffer is not None and kind in ("padded", "native", "cuda"):
         return torch.mm(dy, group.buffer[: dy.shape[1], :K], out=dx)
     A = group.A if carries else None
     sM = None if A is None else dy[:, N : N + len(A)]

@@ -11,13 +11,14 @@ The map is a rotation, so its backward is the rotation by the opposite angle. co
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinylora.kernels import dispatch
+from tinylora.kernels import dispatch, native
 from tinylora.kernels.correction import Correction, add_shrunk, arguments, padded, store_mixed, write_sM
 from tinylora.kernels.launch import launch
 from tinylora.kernels.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_ref
@@ -325,17 +326,61 @@ def rope_backward_triton(
     return dx
 
 
+def rope_native(qkv: Tensor, cos: Tensor, sin: Tensor, h: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward in C. v is a view of qkv."""
+    out = qkv.new_empty(len(qkv), h.heads + h.kv_heads, h.head_dim)
+    _call_native(qkv, cos, sin, h, out, (None, None, None, None, 0, 0))
+    q, k = out.split((h.heads, h.kv_heads), 1)
+    return q, k, qkv[:, : h.width].unflatten(1, (-1, h.head_dim))[:, h.heads + h.kv_heads :]
+
+
+def rope_cache_native(
+    qkv: Tensor, cos: Tensor, sin: Tensor, h: Heads, keys: Tensor, values: Tensor, positions: Tensor, table: Tensor | None
+) -> Tensor:  # q (T, heads, D)
+    """The forward in C that puts k and v where a cache wants them, with a table of pages or without (`decode_attention`)."""
+    out = qkv.new_empty(len(qkv), h.heads, h.head_dim)
+    most = 0 if table is None else table.shape[1]
+    _call_native(qkv, cos, sin, h, out, (keys, values, positions, table, most, keys.shape[2]))
+    return out
+
+
+def _call_native(qkv: Tensor, cos: Tensor, sin: Tensor, h: Heads, out: Tensor, cache: tuple[Any, ...]) -> None:
+    sizes = (len(qkv), h.heads, h.kv_heads, h.head_dim, h.eps)
+    native.call("rope_forward", qkv.numel(), *sizes, *native.rows(qkv), cos, sin, h.q_norm, h.k_norm, out, *cache)
+
+
+def rope_backward_native(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor, h: Heads, inner: Correction | None
+) -> Tensor:
+    """The backward in C."""
+    dq, dk, dv = (x if x.stride(2) == 1 else x.contiguous() for x in (dq, dk, dv))
+    dx = padded(len(dq), h.width, inner, dq)
+    grads = [part for g in (dq, dk, dv) for part in (g, g.stride(0), g.stride(1))]
+    norms = (None, None) if qkv is None else (h.q_norm, h.k_norm)
+    terms = (h.eps, *grads, *native.rows(qkv), cos, sin, *norms, *native.rows(dx), dx.shape[1] - h.width - (inner.rank if inner else 0))
+    native.call("rope_backward", dx.numel(), len(dq), h.heads, h.kv_heads, h.head_dim, *terms, *native.mixing(inner, True))
+    return dx
+
+
+def _forward_op(qkv: Tensor, h: Heads):  # type: ignore[no-untyped-def]
+    if dispatch.runs_native("rope", qkv, h.head_dim // 2):
+        return rope_native
+    return rope_triton if dispatch.runs_triton("rope", qkv) else rope_plain
+
+
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, M, cos, sin, h, inner):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin, qkv if h.q_norm is not None else None)
         ctx.heads, ctx.inner, ctx.width = h, inner, qkv.shape[1]
-        return (rope_triton if dispatch.runs_triton("rope", qkv) else rope_plain)(qkv, cos, sin, h)
+        return _forward_op(qkv, h)(qkv, cos, sin, h)
 
     @staticmethod
     def backward(ctx, dq, dk, dv):  # type: ignore[no-untyped-def]
         cos, sin, qkv = ctx.saved_tensors
         op = rope_backward_triton if dispatch.runs_triton("rope", dq) else rope_backward_plain
+        if dispatch.runs_native("rope", dq, ctx.heads.head_dim // 2, c=ctx.inner):
+            op = rope_backward_native
         dqkv = op(dq, dk, dv, qkv, cos, sin, ctx.heads, ctx.inner)
         return dqkv[:, : ctx.width], None, None, None, None, None
 
@@ -351,4 +396,4 @@ def rope(
     M = inner.M if inner is not None else None
     if torch.is_grad_enabled() and (qkv.requires_grad or (M is not None and M.requires_grad)):
         return _Rope.apply(qkv, M, cos, sin, h, inner)
-    return (rope_triton if dispatch.runs_triton("rope", qkv) else rope_plain)(qkv, cos, sin, h)
+    return _forward_op(qkv, h)(qkv, cos, sin, h)

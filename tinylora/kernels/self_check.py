@@ -18,12 +18,13 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tinylora.kernels import add_norm, decode_attention, decode_linear, dispatch, rope, shrink, swiglu
+from tinylora.kernels import add_norm, attention, decode_attention, decode_linear, dispatch, rope, shrink, swiglu
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.frozen_linear import FrozenLinear
 from tinylora.kernels.fused_linear import fused_linear, fused_linear_ref
@@ -127,6 +128,12 @@ def _padded_case(
     )
 
 
+def launcher(module: ModuleType, name: str, device: torch.device) -> Callable[..., Any]:
+    """An op's kernel: Triton's on a GPU and where it is interpreted, C's on a CPU."""
+    native = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
+    return getattr(module, f"{name}_{'native' if native else 'triton'}")
+
+
 def sizes(device: torch.device, small: Sequence[tuple[int, ...]], real: Sequence[tuple[int, ...]]) -> Sequence[tuple[int, ...]]:
     """Small ones for the interpreter, which runs one program after another."""
     return small if device.type == "cpu" else real
@@ -145,7 +152,7 @@ def shrink_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Ca
             assert c.t is not None
             return z, c.t
 
-        ours, plain = run(shrink.shrink_triton, x, c), run(shrink.shrink_ref, x, _plain_copy(c))
+        ours, plain = run(launcher(shrink, "shrink", device), x, c), run(shrink.shrink_ref, x, _plain_copy(c))
         cases.append((f"{T} x {K}, {segments} segments of {r}", ours, plain, run(shrink.shrink_ref, x.double(), _wide(c))))
     return cases
 
@@ -162,13 +169,13 @@ def add_norm_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[
             (" last", (y, None, None, None)),
         ):
             y_, z_, i, o = given
-            ops = (add_norm.add_norm_triton, add_norm.add_norm_plain)
+            ops = (launcher(add_norm, "add_norm", device), add_norm.add_norm_plain)
             forward = (x, y_, z_, w, 1e-6, i, o)
             cases.append(_padded_case(f"forward{label} {T} x {K}", *ops, forward, K, o, "t", 1.0, 1))
         rstd = (x.float().square().mean(1, keepdim=True) + 1e-6).rsqrt()
         for label, dx, i in (("", randn(T, K + 16), inner), (" last", None, None)):
             backward = (dx, randn(T, K + 16), x, rstd, w, i)
-            back = (add_norm.add_norm_backward_triton, add_norm.add_norm_backward_plain)
+            back = (launcher(add_norm, "add_norm_backward", device), add_norm.add_norm_backward_plain)
             cases.append(_padded_case(f"backward{label} {T} x {K}", *back, backward, K, i, "s", 0.0))
     return cases
 
@@ -181,8 +188,8 @@ def swiglu_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Ca
         inner, outer = correction(randn, T, F, 2 * F, 2, 2, adapters), correction(randn, T, F, 24, 1, 2, adapters)
         for label, i, o in (("", inner, outer), (" off", None, None)):
             ops, back = (
-                (swiglu.swiglu_triton, swiglu.swiglu_plain),
-                (swiglu.swiglu_backward_triton, swiglu.swiglu_backward_plain),
+                (launcher(swiglu, "swiglu", device), swiglu.swiglu_plain),
+                (launcher(swiglu, "swiglu_backward", device), swiglu.swiglu_backward_plain),
             )
             cases.append(_padded_case(f"forward{label} {T} x {F}", *ops, (x, F, o), F, o, "t", 1.0))
             cases.append(_padded_case(f"backward{label} {T} x {F}", *back, (dh, x, F, i), 2 * F, i, "s", 0.0))
@@ -192,19 +199,19 @@ def swiglu_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Ca
 def rope_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
     randn = normals(device, dtype, seed)
     cases: list[Case] = []
-    shapes = sizes(device, ((5, 3, 1, 8, 0), (3, 8, 4, 12, 2)), ((77, 14, 2, 64, 3), (1031, 28, 4, 128, 0)))
+    shapes = sizes(device, ((5, 3, 1, 16, 0), (3, 8, 4, 48, 2)), ((77, 14, 2, 64, 3), (1031, 28, 4, 128, 0)))
     for T, heads, kv_heads, D, adapters in shapes:
         cos, sin = rope.rope_tables(torch.arange(T, device=device) * 3, randn(D // 2).float().exp(), dtype)
         for label, q_norm, k_norm in (("", None, None), (" q/k norm", randn(D), randn(D))):
             h = rope.Heads(heads, kv_heads, D, q_norm, k_norm, 1e-6)
             qkv, c = randn(T, h.width + 16), correction(randn, T, 24, h.width, 3, 2, adapters)
             arguments = (qkv, cos, sin, h)
-            rows = rope.rope_triton(*arguments), rope.rope_plain(*arguments), rope.rope_plain(*map(_wide, arguments))
+            rows = launcher(rope, "rope", device)(*arguments), rope.rope_plain(*arguments), rope.rope_plain(*map(_wide, arguments))
             cases.append((f"forward{label} {heads}+{kv_heads} x {D}", *rows))
             # (heads, T, D) transposed: how attention hands its gradients over
             grads = [randn(n, T, D).transpose(0, 1) for n in (heads, kv_heads, kv_heads)]
             backward = (*grads, None if q_norm is None else qkv, cos, sin, h, c)
-            ops = (rope.rope_backward_triton, rope.rope_backward_plain)
+            ops = (launcher(rope, "rope_backward", device), rope.rope_backward_plain)
             cases.append(_padded_case(f"backward{label} {heads}+{kv_heads} x {D}", *ops, backward, h.width, c, "s", 0.0))
     return cases
 
@@ -271,7 +278,7 @@ def decode_attention_check(device: torch.device, dtype: torch.dtype, seed: int) 
     randn = normals(device, dtype, seed)
     cases: list[Case] = []
     small, real = (
-        ((4, 2, 16, 4, 1, 9, 23), (3, 1, 8, 8, 5, 64)),
+        ((4, 2, 16, 4, 1, 9, 23), (3, 1, 48, 8, 5, 64)),
         ((14, 2, 64, 64, 1, 64, 65, 700), (28, 4, 128, 64, 3, 256, 1500)),
     )
     for heads, kv_heads, D, size, *lengths in sizes(device, small, real):
@@ -285,8 +292,8 @@ def decode_attention_check(device: torch.device, dtype: torch.dtype, seed: int) 
 
         def kernels(qkv, cos, sin, keys, values, c, view=view, h=h):  # type: ignore[no-untyped-def]
             keys, values = keys.clone(), values.clone()
-            q = rope.rope_cache_triton(qkv, cos, sin, h, keys, values, view.positions, view.table)
-            return q, keys, values, *decode_attention.decode_attention_triton(q, keys, values, view, c)
+            q = launcher(rope, "rope_cache", device)(qkv, cos, sin, h, keys, values, view.positions, view.table)
+            return q, keys, values, *launcher(decode_attention, "decode_attention", device)(q, keys, values, view, c)
 
         def plain(qkv, cos, sin, keys, values, c, view=view, h=h):  # type: ignore[no-untyped-def]
             keys, values, view = keys.clone(), values.clone(), dataclasses.replace(view, dtype=qkv.dtype)
@@ -297,6 +304,40 @@ def decode_attention_check(device: torch.device, dtype: torch.dtype, seed: int) 
 
         ours, theirs, exact = kernels(*arguments), plain(*map(_plain_copy, arguments)), plain(*map(_wide, arguments))
         cases.append((f"{heads}+{kv_heads} x {D}, pages of {size}", ours, theirs, exact))
+    return cases
+
+
+def packed_attention_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+    """Sequences and suffixes in one pack, forward and gradients; each pack against whole sequences that repeat their prefixes."""
+    randn = normals(device, dtype, seed)
+    cases: list[Case] = []
+    for heads, kv_heads, D, lengths, prefixes in ((4, 2, 32, [5, 1, 17], []), (3, 1, 48, [9, 4, 3, 1, 8, 2], [1, 0, 0, 1])):
+        layout = attention.Packing(lengths, prefixes, dtype, device, None)
+        T = sum(lengths)
+        q, k, v = randn(T, heads, D), randn(T, kv_heads + 1, D)[:, 1:], randn(T, 2 * kv_heads, D)[:, :kv_heads]
+        dout = randn(T, heads, D)
+        rows, where = [], []  # of the pack, for each row of whole sequences; and which of these are a sequence's own
+        starts = layout.starts.tolist()
+        for i, n in enumerate(lengths):
+            parent = prefixes[i - layout.whole] if i >= layout.whole else None
+            ahead = [] if parent is None else list(range(starts[parent], starts[parent] + lengths[parent]))
+            where += range(len(rows) + len(ahead), len(rows) + len(ahead) + n)
+            rows += [*ahead, *range(starts[i], starts[i] + n)]
+        whole = [n + b for n, b in zip(lengths, layout.before, strict=True)]
+
+        def ours(q: Tensor, k: Tensor, v: Tensor, layout: attention.Packing = layout) -> Tensor:
+            return attention._NativeAttention.apply(q, k, v, layout)
+
+        def plain(q: Tensor, k: Tensor, v: Tensor, rows=rows, whole=whole, where=where) -> Tensor:  # type: ignore[no-untyped-def]
+            return attention.packed_attention_ref(q[rows], k[rows], v[rows], whole)[where]
+
+        def run(op: Callable[..., Tensor], *inputs: Tensor) -> Outputs:
+            *inputs, dy = (x.detach().requires_grad_() for x in inputs)  # type: ignore[assignment]
+            out = op(*inputs)
+            return out.detach(), *torch.autograd.grad(out, inputs, dy.detach())
+
+        wide = (x.double() for x in (q, k, v, dout))
+        cases.append((f"{lengths} + {prefixes}", run(ours, q, k, v, dout), run(plain, q, k, v, dout), run(plain, *wide)))
     return cases
 
 
@@ -352,12 +393,21 @@ CHECKS: dict[str, Check] = {
 }
 
 
+# The same of the C kernels, under the names that the ops give `runs_native`.
+NATIVE_CHECKS: dict[str, Check] = {
+    **{op: CHECKS[op] for op in ("shrink", "add_norm", "swiglu", "rope", "decode_attention")},
+    "packed_attention": packed_attention_check,
+}
+
+
 # The same of the CUDA C++ kernels, which have to be compiled first.
 CUDA_CHECKS: dict[str, Check] = {"decode_linear": decode_linear_check}
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """What kernels run in. Triton's interpreter, all there is on a CPU, gets bfloat16 wrong."""
+    """What kernels run in. Triton's interpreter gets bfloat16 wrong; the C kernels of a CPU are for fp32."""
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return (torch.float32,)
     if device.type == "cpu":
         return torch.float32, torch.float16
     return torch.bfloat16, torch.float16, torch.float32

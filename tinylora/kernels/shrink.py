@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinylora.kernels import dispatch
+from tinylora.kernels import dispatch, native
 from tinylora.kernels.correction import Correction, add_shrunk, arguments, narrow_product, row_config, store_mixed
 from tinylora.kernels.launch import launch
 
@@ -66,7 +66,16 @@ def shrink_triton(x: Tensor, c: Correction) -> Tensor:
     return z
 
 
+def shrink_native(x: Tensor, c: Correction) -> Tensor:
+    """`shrink` in one pass over x, on a CPU."""
+    (T, K), z = x.shape, x.new_empty(len(x), c.rank)
+    native.call("shrink", x.numel(), T, K, *native.rows(x), z, *native.mixing(c))
+    return z
+
+
 @torch.no_grad()
 def shrink(x: Tensor, c: Correction) -> Tensor:
     """x (T, K) -> z (T, R) of x's dtype; t goes into c.t where that is kept."""
+    if dispatch.runs_native("shrink", x, x.shape[1], c=c):
+        return shrink_native(x, c)
     return (shrink_triton if dispatch.runs_triton("shrink", x) else shrink_ref)(x, c)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinylora.kernels import dispatch
+from tinylora.kernels import dispatch, native
 from tinylora.kernels.correction import (
     Correction,
     add_shrunk,
@@ -175,17 +175,41 @@ def swiglu_backward_triton(dh: Tensor, x: Tensor, width: int, inner: Correction 
     return dx
 
 
+def swiglu_native(x: Tensor, width: int, outer: Correction | None) -> Tensor:
+    """The forward in C."""
+    h = padded(len(x), width, outer, x)
+    tail = h.shape[1] - width - (outer.rank if outer else 0)
+    native.call("swiglu_forward", x.numel(), len(x), width, *native.rows(x), *native.rows(h), tail, *native.mixing(outer))
+    return h
+
+
+def swiglu_backward_native(dh: Tensor, x: Tensor, width: int, inner: Correction | None) -> Tensor:
+    """The backward in C."""
+    dx = padded(len(x), 2 * width, inner, x)
+    terms = (*native.rows(dh), *native.rows(x), *native.rows(dx), dx.shape[1] - 2 * width - (inner.rank if inner else 0))
+    native.call("swiglu_backward", x.numel(), len(x), width, *terms, *native.mixing(inner, True))
+    return dx
+
+
+def _forward_op(x: Tensor, width: int, outer: Correction | None):  # type: ignore[no-untyped-def]
+    if dispatch.runs_native("swiglu", x, width, c=outer):
+        return swiglu_native
+    return swiglu_triton if dispatch.runs_triton("swiglu", x) else swiglu_plain
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, M, width, inner, outer):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
         ctx.width, ctx.inner = width, inner
-        return (swiglu_triton if dispatch.runs_triton("swiglu", x) else swiglu_plain)(x, width, outer)
+        return _forward_op(x, width, outer)(x, width, outer)
 
     @staticmethod
     def backward(ctx, dh):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
         op = swiglu_backward_triton if dispatch.runs_triton("swiglu", x) else swiglu_backward_plain
+        if dispatch.runs_native("swiglu", x, ctx.width, c=ctx.inner):
+            op = swiglu_backward_native
         dx = op(dh, x, ctx.width, ctx.inner)
         return dx[:, : x.shape[1]], None, None, None, None
 
@@ -200,4 +224,4 @@ def swiglu(
     M = inner.M if inner is not None else None
     if torch.is_grad_enabled() and (x.requires_grad or (M is not None and M.requires_grad)):
         return _SwiGLU.apply(x, M, width, inner, outer)
-    return (swiglu_triton if dispatch.runs_triton("swiglu", x) else swiglu_plain)(x, width, outer)
+    return _forward_op(x, width, outer)(x, width, outer)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinylora.kernels import dispatch
 from tinylora.kernels.add_norm import add_norm
 from tinylora.kernels.attention import Packing, packed_attention
 from tinylora.kernels.correction import Correction
@@ -175,8 +176,8 @@ class Decoder:
 
     @property
     def narrow(self) -> int:
-        """Ranks are padded to a multiple of this: on a CPU, so that a row's bits do not depend on its batch."""
-        return NARROW if self.device.type == "cpu" else 1
+        """Ranks are padded to a multiple of this: for plain products on a CPU, so that a row's bits do not depend on its batch."""
+        return NARROW if self.device.type == "cpu" and not dispatch.runs_native("shrink", self.embedding) else 1
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,0 +1,121 @@
+"""The C kernels of csrc/cpu.c: compiled once by the machine's own compiler, loaded into this process, called by name.
+
+They are for fp32 on a CPU. Nothing is compiled on `pip install`: the first use takes seconds, and what comes out is kept in the
+cache under a hash of source, flags, compiler and processor. Threads are PyTorch's: the library is linked to no OpenMP runtime
+and finds the one that PyTorch has loaded.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tinylora.errors import BuildError
+from tinylora.files import cache_dir
+
+if TYPE_CHECKING:
+    from tinylora.kernels.correction import Correction
+
+SOURCE = Path(__file__).parent.parent / "csrc" / "cpu.c"
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fopenmp", "-fPIC")
+MOST = 512  # columns of a correction, as the source knows too
+PARALLEL = 4096  # numbers from which threads pay
+TYPES = {"l64": ctypes.c_int64, "float": ctypes.c_float}
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+
+
+@cache
+def identity() -> str:
+    """What the library depends on, as a hash: also the processor, for which it is compiled."""
+    cc = compiler()
+    version = subprocess.run([cc, "--version"], capture_output=True, text=True).stdout if cc else ""
+    info = Path("/proc/cpuinfo")
+    about = re.search(r"^flags.*$", info.read_text(), re.MULTILINE) if info.exists() else None
+    parts = (SOURCE.read_text(), *FLAGS, version, platform.machine(), about[0] if about else "")
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def build() -> Path:
+    """The library, from the cache or from the compiler. BuildError, in one line, where it cannot be had."""
+    cc, path = compiler(), cache_dir() / f"cpu-{identity()}.so"
+    if path.exists():
+        return path
+    if cc is None:
+        raise BuildError("no C compiler: neither CC nor cc, gcc or clang")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".cpu-") as folder:
+            object_, library = Path(folder) / "cpu.o", Path(folder) / "cpu.so"
+            # In two steps: the second without -fopenmp, or a second runtime would be loaded.
+            for command in ([cc, *FLAGS, "-c", str(SOURCE), "-o", object_], [cc, "-shared", object_, "-o", library]):
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit status {done.returncode}")
+                    raise BuildError(f"{cc} failed: {said.strip()[:200]}")
+            os.replace(library, path)
+    except OSError as error:
+        raise BuildError(f"{cc} cannot be run, or the cache not written: {error}") from None
+    return path
+
+
+@cache
+def functions() -> dict[str, Any]:
+    """Every function of the library, with the argument types that its source declares."""
+    loaded = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if re.search("lib[gi]omp", line)]
+    if sys.platform != "linux" or not loaded:
+        raise BuildError("this PyTorch has loaded no OpenMP runtime")
+    ctypes.CDLL(loaded[0], mode=ctypes.RTLD_GLOBAL)
+    library, source = ctypes.CDLL(str(build())), SOURCE.read_text()
+    shared = dict(re.findall(r"#define (PACK|CORRECTION) ((?:.*\\\n)*.*)\n", source))
+    found = {}
+    for name, parameters in re.findall(r"^void (\w+)\(([^)]*)\)", source, re.MULTILINE):
+        for macro, text in shared.items():
+            parameters = re.sub(rf"\b{macro}\b", text, parameters)
+        kinds = [ctypes.c_void_p if "*" in p else TYPES[p.split()[-2]] for p in parameters.split(",")]
+        function = found[name] = getattr(library, name)
+        function.argtypes, function.restype = kinds, None
+    return found
+
+
+def call(name: str, work: int, *arguments: Any) -> None:
+    """Run a function on tensors, numbers and None (NULL), with threads where `work`, about the numbers it touches, is worth them.
+
+    Tensors must stay alive until it returns, and are not checked.
+    """
+    threads = torch.get_num_threads() if work >= PARALLEL else 1
+    functions()[name](*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], threads)
+
+
+def fits(x: Tensor, *widths: int) -> bool:
+    """Whether the kernels take rows of these widths, multiples of 8, in this dtype."""
+    return x.dtype == torch.float32 and not any(n % 8 for n in widths)
+
+
+def rows(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """x (T, ...) as a function takes it, with its row stride; None: NULL. Each row must be contiguous, and is made so."""
+    if x is None:
+        return None, 0
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x, x.stride(0)
+
+
+def mixing(c: "Correction | None", transposed: bool = False) -> tuple[Any, ...]:
+    """What a function takes of a correction, for z in the forward or for sM in the backward. `c` keeps it all alive."""
+    if c is None:
+        return None, 0, None, None, None, 0, 0, 1, 0
+    factor, kept = (c.Bt, c.s) if transposed else (c.A, c.t)
+    return factor, factor.stride(0), c.flat_M, c.row_adapter, *rows(kept), c.rank, c.M.shape[2], int(transposed)
