@@ -24,10 +24,23 @@ INLINE v8 all(float x) { return (v8){x, x, x, x, x, x, x, x}; }
 INLINE l64 least(l64 a, l64 b) { return a < b ? a : b; }
 INLINE v8 where(i8 mask, v8 a, v8 b) { return (v8)((mask & (i8)a) | (~mask & (i8)b)); }
 
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (i8){__VA_ARGS__})
+#endif
+
+/* The sums of eight vectors in one, by halves; every vector's in the same order. */
+INLINE v8 pairs(v8 a, v8 b) { return SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15); }
+INLINE v8 fours(v8 a, v8 b) { return SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15); }
+INLINE v8 sums(const v8 *x) {
+    v8 a = fours(pairs(x[0], x[1]), pairs(x[2], x[3])), b = fours(pairs(x[4], x[5]), pairs(x[6], x[7]));
+    return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
 INLINE float sum(v8 x) {
-    float a[8];
-    memcpy(a, &x, sizeof a);
-    return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+    v8 a = x + SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
+    a += SHUFFLE(a, a, 2, 3, 0, 1, 6, 7, 4, 5);
+    return a[0] + a[4];
 }
 
 /* e^x to about an ulp: x = n ln 2 + f, |f| <= ln 2 / 2, and the polynomial of Cephes' expf. Below -87 it is 0. */
@@ -278,26 +291,43 @@ typedef struct {
     l64 n, stride_k, stride_v, stride_d; /* keys, and elements from one to the next */
 } Run;
 
-INLINE float dot(const float *a, const float *b, l64 D) {
-    v8 even = all(0.0f), odd = all(0.0f);
-    for (l64 d = 0; d < D; d += 16) {
-        even += load(a + d) * load(b + d);
-        odd += load(a + d + 8) * load(b + d + 8);
-    }
-    return sum(even + odd);
+/* The products of q with eight vectors, `stride` apart, of which `n` are there; the others repeat the last. */
+INLINE v8 dots8(const float *q, const float *x, l64 stride, l64 n, l64 D) {
+    const float *at[8];
+    v8 total[8];
+    for (int i = 0; i < 8; i++) at[i] = x + (i < n ? i : n - 1) * stride, total[i] = all(0.0f);
+    for (l64 d = 0; d < D; d += 8)
+        for (int i = 0; i < 8; i++) total[i] += load(q + d) * load(at[i] + d);
+    return sums(total);
+}
+
+/* out (share, room): the products of `share` vectors with the keys or the values of the runs. Writes up to 7 beyond the last. */
+static void products(const float *q, l64 stride_q, l64 share, l64 D, const Run *runs, l64 count, int of_keys, float *out, l64 room) {
+    for (l64 i = 0, n = 0; i < count; n += runs[i++].n)
+        for (l64 j = 0; j < runs[i].n; j += 8) {
+            l64 stride = of_keys ? runs[i].stride_k : runs[i].stride_v;
+            const float *x = (of_keys ? runs[i].k : runs[i].v) + j * stride;
+            for (l64 s = 0; s < share; s++) store(out + s * room + n + j, dots8(q + s * stride_q, x, stride, runs[i].n - j, D));
+        }
 }
 
 /* p (share, room): probabilities of `share` queries over all keys of the runs, zeros up to a multiple of 8. */
 static void probabilities(const float *q, l64 stride_q, l64 share, l64 D, const Run *runs, l64 count, float *p, l64 room) {
     float scale = 1.0f / sqrtf(D);
     l64 n = 0;
-    for (l64 i = 0; i < count; i++)
-        for (l64 j = 0; j < runs[i].n; j++, n++)
-            for (l64 s = 0; s < share; s++) p[s * room + n] = scale * dot(q + s * stride_q, runs[i].k + j * runs[i].stride_k, D);
+    for (l64 i = 0; i < count; i++) n += runs[i].n;
+    products(q, stride_q, share, D, runs, count, 1, p, room);
     for (l64 s = 0; s < share; s++) {
-        float *ps = p + s * room, top = -INFINITY;
-        for (l64 j = 0; j < n; j++) top = ps[j] > top ? ps[j] : top;
+        float *ps = p + s * room;
+        v8 most = all(-INFINITY);
         for (l64 j = n; j % 8; j++) ps[j] = -INFINITY;
+        for (l64 j = 0; j < n; j += 8) {
+            v8 x = load(ps + j) * scale;
+            store(ps + j, x);
+            most = where(x > most, x, most);
+        }
+        float top = most[0];
+        for (int i = 1; i < 8; i++) top = most[i] > top ? most[i] : top;
         v8 total = all(0.0f);
         for (l64 j = 0; j < n; j += 8) {
             v8 e = exp8(load(ps + j) - top);
@@ -328,7 +358,7 @@ static void weighted_sum(const float *p, const Run *runs, l64 count, int of_keys
     for (; d < D; d += 16) weighted(p, runs, count, of_keys, d, 2, out);
 }
 
-static l64 room_for(l64 keys) { return (keys + 7) / 8 * 8; }
+static l64 room_for(l64 keys) { return keys / 8 * 8 + 16; } /* with what `products` writes beyond */
 
 /* One query a slot against its pages; table NULL: slot i owns page i. */
 void decode_attention(l64 slots, l64 heads, l64 kv_heads, l64 D, const float *q, const float *keys, const float *values, const l64 *position,
@@ -409,9 +439,8 @@ static void backward_row(const Pack *a, l64 sequence, l64 place, l64 h, float *p
     float *dq = a->dq + (row * a->heads + head) * D, scale = 1.0f / sqrtf(D);
     probabilities(q, D, share, D, runs, count, p, a->room);
     l64 n = 0;
-    for (l64 i = 0; i < count; i++)
-        for (l64 j = 0; j < runs[i].n; j++, n++)
-            for (l64 s = 0; s < share; s++) ds[s * a->room + n] = dot(dout + s * D, runs[i].v + j * runs[i].stride_v, D);
+    for (l64 i = 0; i < count; i++) n += runs[i].n;
+    products(dout, D, share, D, runs, count, 0, ds, a->room);
     for (l64 s = 0; s < share; s++) {
         float *dp = ds + s * a->room, *ps = p + s * a->room;
         for (l64 j = n; j % 8; j++) dp[j] = 0.0f;
