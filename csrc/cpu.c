@@ -77,26 +77,20 @@ typedef struct {
 #define THE_CORRECTION \
     const Correction c = {factor, m, adapter, kept, factor_stride, kept_stride, rank, r, transposed}
 
-INLINE void dots(const float *x, l64 stride_x, const l64 rows, const float *f, l64 stride_f, const l64 factors, l64 n, float *t) {
-    v8 total[ROWS][2];
-    for (l64 i = 0; i < rows; i++)
-        for (l64 j = 0; j < factors; j++) total[i][j] = all(0.0f);
-    for (l64 k = 0; k < n; k += 8)
-        for (l64 i = 0; i < rows; i++)
-            for (l64 j = 0; j < factors; j++) total[i][j] += load(x + i * stride_x + k) * load(f + j * stride_f + k);
-    for (l64 i = 0; i < rows; i++)
-        for (l64 j = 0; j < factors; j++) t[i * MOST + j] = sum(total[i][j]);
-}
-
+/* Always four rows by two factors, the last of each repeated: a row's bits are then the same wherever it stands. */
 INLINE void shrink_block(const float *x, l64 stride_x, l64 rows, l64 n, const Correction *c, float *t) {
+    const float *row[ROWS];
+    for (l64 i = 0; i < ROWS; i++) row[i] = x + least(i, rows - 1) * stride_x;
     for (l64 j = 0; j < c->rank; j += 2) {
-        const float *f = c->factor + j * c->factor_stride;
-        if (rows == ROWS && j + 2 <= c->rank)
-            dots(x, stride_x, ROWS, f, c->factor_stride, 2, n, t + j);
-        else
-            for (l64 i = 0; i < rows; i++)
-                for (l64 k = j; k < least(j + 2, c->rank); k++)
-                    dots(x + i * stride_x, 0, 1, c->factor + k * c->factor_stride, 0, 1, n, t + i * MOST + k);
+        const float *f = c->factor + j * c->factor_stride, *g = j + 1 < c->rank ? f + c->factor_stride : f;
+        v8 a[ROWS], b[ROWS];
+        for (l64 i = 0; i < ROWS; i++) a[i] = b[i] = all(0.0f);
+        for (l64 k = 0; k < n; k += 8)
+            for (l64 i = 0; i < ROWS; i++) {
+                a[i] += load(row[i] + k) * load(f + k);
+                b[i] += load(row[i] + k) * load(g + k);
+            }
+        for (l64 i = 0; i < ROWS; i++) t[i * MOST + j] = sum(a[i]), t[i * MOST + j + 1] = sum(b[i]);
     }
 }
 
