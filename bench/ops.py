@@ -176,7 +176,7 @@ def _backends(device: str) -> list[str]:
     """The frozen linear's forms that may run here: the fused kernel only where it has proved itself."""
     with _backend("triton"):
         proven = device == "cuda" and dispatch.runs_triton("fused_linear", torch.zeros(1, device=device, dtype=torch.bfloat16))
-    return ["addmm", "padded", *(["triton"] if proven else [])]
+    return ["addmm", "padded" if device == "cuda" else "native", *(["triton"] if proven else [])]
 
 
 def _engine(name: str, group: FrozenLinear, M: Tensor, x: Tensor, dy: Tensor) -> Contender:
