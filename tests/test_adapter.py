@@ -173,7 +173,7 @@ def segments(adapter: Adapter, v: Tensor | None = None) -> dict[str, Tensor]:
         assert (m is None) == (not adapted)
         if m is None:
             continue
-        assert m.shape[1] * adapter.config.r % 8 == 0  # what a CPU's GEMM needs
+        assert m.shape[1] * adapter.config.r % adapter.model.narrow == 0  # what a CPU's plain products need
         for s in range(m.shape[1]):
             if s < len(names) and names[s] in adapted:
                 found[module_name(i // 4, names[s])] = m[:, s]

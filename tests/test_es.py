@@ -55,7 +55,7 @@ def test_a_step_takes_no_more_memory_than_its_rollout(tmp_path, monkeypatch):
     run._train_step()
     assert peaks[0] > 2**20 and step <= 1.1 * peaks[0] + 4 * held
     grpo = trainer(tmp_path / "grpo", num_generations=8, algorithm="grpo")
-    assert peak_extra_bytes(grpo._train_step) > 2 * step
+    assert peak_extra_bytes(grpo._train_step) > 1.5 * step
 
 
 def test_settings_that_cannot_be(tmp_path):

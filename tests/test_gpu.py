@@ -9,6 +9,7 @@ import torch
 from test_decode_linear import decoded
 
 from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.errors import BuildError
 from tinylora.kernels import build, dispatch, self_check
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model import load_model
@@ -35,7 +36,7 @@ def compiled(monkeypatch):
     monkeypatch.setenv("TINYLORA_BACKEND", "cuda")
     try:
         build.library([build.architecture(torch.device("cuda"))])
-    except build.BuildError as error:
+    except BuildError as error:
         pytest.skip(f"csrc/ is not compiled: {error}")
 
 

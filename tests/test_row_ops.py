@@ -141,7 +141,7 @@ def test_row_op(name, adapters):
     assert (errors[0].sqrt() <= 2 * errors[1].sqrt()).all(), errors.sqrt()
 
 
-@pytest.mark.parametrize("backend", ["reference", "addmm", "padded"])
+@pytest.mark.parametrize("backend", ["reference", "addmm", "native", "padded"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("r", [2, 8])
 def test_linear(backend, bias, r, monkeypatch):
@@ -149,7 +149,7 @@ def test_linear(backend, bias, r, monkeypatch):
     monkeypatch.setenv("TINYLORA_BACKEND", backend)
     randn, sizes = draw(1), [24, 8, 8]
     group = FrozenLinear.empty(40, 56, bias, torch.float64, torch.device("cpu"))
-    assert (group.buffer is not None) == (backend == "padded")
+    assert (group.buffer is not None) == (backend in ("native", "padded"))
     group.weight.copy_(randn(40, 56))
     if bias:
         group.bias.copy_(randn(40))
@@ -158,7 +158,7 @@ def test_linear(backend, bias, r, monkeypatch):
     c = Correction(group.A, group.Bt, randn(1, R // r, r, r))
     x = torch.full((T, row_stride(56, R)), torch.nan).double()[:, : padded_width(56, R)]
     x[:, :56], x[:, 56 : 56 + R] = randn(T, 56), randn(T, R)
-    if backend == "padded":  # the whole pad is multiplied
+    if backend in ("native", "padded"):  # the whole pad is multiplied
         x[:, 56 + R], x[:, 57 + R :] = 1, 0
     x.requires_grad_()
     y = linear(x, group, c)

@@ -1,4 +1,4 @@
-"""InputError: the one exception for everything a user can get wrong; commands print it and exit with code 2. BuildError: no compiler."""
+"""InputError: the one exception for everything a user can get wrong; commands print it and exit with code 2."""
 
 
 class InputError(ValueError):

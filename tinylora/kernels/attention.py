@@ -229,7 +229,9 @@ def packed_attention(
         attention, options = _varlen()
         out: Tensor = attention(q.contiguous(), k.contiguous(), v.contiguous(), ends_q, ends_k, longest_q, longest_k, **options)
         return out
-    if (layout.most_keys <= SHORT or layout.capacity is not None) and dispatch.runs_native("packed_attention", q, q.shape[2] // 2):
+    if (layout.most_keys <= SHORT or layout.capacity is not None) and dispatch.runs_native(
+        "packed_attention", q, q.shape[2] // 2
+    ):
         return _NativeAttention.apply(q, k, v, layout)
     split = layout.split
     out = _whole(q[:split], k[:split], v[:split], layout)

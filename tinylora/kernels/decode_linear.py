@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinylora.errors import BuildError
 from tinylora.kernels import dispatch
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.frozen_linear import FrozenLinear
@@ -52,7 +53,7 @@ def load(device: torch.device) -> None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        raise build.BuildError(f"{path} does not load: {error.__cause__ or error}") from None
+        raise BuildError(f"{path} does not load: {error.__cause__ or error}") from None
 
     @torch.library.register_fake("tinylora::decode_linear")
     def _(x, weight, bias, A, Bt, M, row_adapter, residual, swiglu):  # type: ignore[no-untyped-def]

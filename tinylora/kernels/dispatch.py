@@ -129,14 +129,14 @@ def _checked(device: torch.device, checks: str) -> dict[str, Verdict]:
     if checks == CUDA_CHECKS:
         try:
             build.library([build.architecture(device)])
-        except build.BuildError as error:
+        except BuildError as error:
             return {"decode_linear": {"op": "decode_linear", "error": f"it was not compiled: {error}"}}
     if checks == NATIVE_CHECKS:
         try:
             native.functions()
         except BuildError as error:
             print(f"tinylora: no C kernels on the CPU, plain PyTorch takes their place: {error}", file=sys.stderr)
-            names = getattr(importlib.import_module(checks.split(":")[0]), "NATIVE_CHECKS")
+            names = importlib.import_module(checks.split(":")[0]).NATIVE_CHECKS
             return {op: {"op": op, "error": "it was not compiled", "told": True} for op in names}
     return _cached_or_checked(device, checks)
 
@@ -147,7 +147,7 @@ def _report(verdict: Verdict, device: torch.device) -> None:
     if op == "decode_linear":
         where, instead = f" --checks {CUDA_CHECKS}", "the padded product and its row kernels"
     else:
-        where, instead = f" --checks {NATIVE_CHECKS}" if device.type == "cpu" else "", "plain PyTorch"
+        where, instead = f" --checks {NATIVE_CHECKS}" if _wants_native(device.type) else "", "plain PyTorch"
     print(
         f"tinylora: {lead}{op} runs as {instead} on {device}, because its kernel failed the self-check "
         f"({verdict['error']}). More: python -m tinylora.kernels.self_check --device {device}{where} --ops {op}. "

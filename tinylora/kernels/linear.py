@@ -6,8 +6,8 @@ It never sees M: whoever produces x writes z beside it, whoever produces dy writ
 Autograd keeps nothing for it. Three ways to the same product, chosen by the backend:
 
     addmm     two products on plain weights, the large one added to the small one in place
-    padded    one product over the buffer [[W, B, bias], [A, 0, 0]]: the correction enters the accumulator of a stock GEMM; native
-              and cuda do the same
+    padded    one product over the buffer [[W, B, bias], [A, 0, 0]]: the correction enters the accumulator of a stock GEMM;
+              native and cuda do the same
     triton    one product on plain weights with the rank-R update in its epilogue (`fused_linear`)
 
 Rows without a pad get no correction in the forward: the attention's output, whose z the next kernel adds (`add_norm`).

@@ -62,10 +62,15 @@ def build() -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".cpu-") as folder:
             object_, library = Path(folder) / "cpu.o", Path(folder) / "cpu.so"
             # In two steps: the second without -fopenmp, or a second runtime would be loaded.
-            for command in ([cc, *FLAGS, "-c", str(SOURCE), "-o", object_], [cc, "-shared", object_, "-o", library]):
+            for command in (
+                [cc, *FLAGS, "-c", str(SOURCE), "-o", str(object_)],
+                [cc, "-shared", str(object_), "-o", str(library)],
+            ):
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
-                    said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit status {done.returncode}")
+                    said = next(
+                        (line for line in done.stderr.splitlines() if "error" in line), f"exit status {done.returncode}"
+                    )
                     raise BuildError(f"{cc} failed: {said.strip()[:200]}")
             os.replace(library, path)
     except OSError as error:
@@ -93,7 +98,7 @@ def functions() -> dict[str, Any]:
 
 
 def call(name: str, work: int, *arguments: Any) -> None:
-    """Run a function on tensors, numbers and None (NULL), with threads where `work`, about the numbers it touches, is worth them.
+    """Run a function on tensors, numbers and None (NULL), threaded where `work`, about the numbers it touches, is worth it.
 
     Tensors must stay alive until it returns, and are not checked.
     """

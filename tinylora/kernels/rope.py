@@ -357,7 +357,16 @@ def rope_backward_native(
     dx = padded(len(dq), h.width, inner, dq)
     grads = [part for g in (dq, dk, dv) for part in (g, g.stride(0), g.stride(1))]
     norms = (None, None) if qkv is None else (h.q_norm, h.k_norm)
-    terms = (h.eps, *grads, *native.rows(qkv), cos, sin, *norms, *native.rows(dx), dx.shape[1] - h.width - (inner.rank if inner else 0))
+    terms = (
+        h.eps,
+        *grads,
+        *native.rows(qkv),
+        cos,
+        sin,
+        *norms,
+        *native.rows(dx),
+        dx.shape[1] - h.width - (inner.rank if inner else 0),
+    )
     native.call("rope_backward", dx.numel(), len(dq), h.heads, h.kv_heads, h.head_dim, *terms, *native.mixing(inner, True))
     return dx
 

@@ -206,7 +206,11 @@ def rope_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case
             h = rope.Heads(heads, kv_heads, D, q_norm, k_norm, 1e-6)
             qkv, c = randn(T, h.width + 16), correction(randn, T, 24, h.width, 3, 2, adapters)
             arguments = (qkv, cos, sin, h)
-            rows = launcher(rope, "rope", device)(*arguments), rope.rope_plain(*arguments), rope.rope_plain(*map(_wide, arguments))
+            rows = (
+                launcher(rope, "rope", device)(*arguments),
+                rope.rope_plain(*arguments),
+                rope.rope_plain(*map(_wide, arguments)),
+            )
             cases.append((f"forward{label} {heads}+{kv_heads} x {D}", *rows))
             # (heads, T, D) transposed: how attention hands its gradients over
             grads = [randn(n, T, D).transpose(0, 1) for n in (heads, kv_heads, kv_heads)]
@@ -308,7 +312,7 @@ def decode_attention_check(device: torch.device, dtype: torch.dtype, seed: int) 
 
 
 def packed_attention_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
-    """Sequences and suffixes in one pack, forward and gradients; each pack against whole sequences that repeat their prefixes."""
+    """Sequences and suffixes in one pack, with gradients, against whole sequences that repeat their prefixes."""
     randn = normals(device, dtype, seed)
     cases: list[Case] = []
     for heads, kv_heads, D, lengths, prefixes in ((4, 2, 32, [5, 1, 17], []), (3, 1, 48, [9, 4, 3, 1, 8, 2], [1, 0, 0, 1])):
@@ -316,7 +320,8 @@ def packed_attention_check(device: torch.device, dtype: torch.dtype, seed: int) 
         T = sum(lengths)
         q, k, v = randn(T, heads, D), randn(T, kv_heads + 1, D)[:, 1:], randn(T, 2 * kv_heads, D)[:, :kv_heads]
         dout = randn(T, heads, D)
-        rows, where = [], []  # of the pack, for each row of whole sequences; and which of these are a sequence's own
+        rows: list[int] = []  # of the pack, for each row of whole sequences
+        where: list[int] = []  # which of these are a sequence's own
         starts = layout.starts.tolist()
         for i, n in enumerate(lengths):
             parent = prefixes[i - layout.whole] if i >= layout.whole else None

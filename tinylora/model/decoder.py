@@ -176,7 +176,7 @@ class Decoder:
 
     @property
     def narrow(self) -> int:
-        """Ranks are padded to a multiple of this: for plain products on a CPU, so that a row's bits do not depend on its batch."""
+        """Ranks are padded to a multiple of this: for a CPU's plain products, whose bits would depend on the batch."""
         return NARROW if self.device.type == "cpu" and not dispatch.runs_native("shrink", self.embedding) else 1
 
     @property
