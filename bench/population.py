@@ -23,10 +23,11 @@ from bench.measure import Rounds, card, print_json
 from tinylora.cli import table
 from tinylora.rl.config import TrainConfig, preset
 from tinylora.rl.rollout import rollout
-from tinylora.rl.step import Clock, draw, grpo_step, roll_out, stacked
+from tinylora.rl.step import draw, grpo_step, stacked
 from tinylora.rl.trainer import Trainer
 
 LEARNING_RATES, SEEDS = (0.003, 0.005, 0.01, 0.02), range(4)
+LENGTH = 40  # that a completion may have
 
 
 def trainers(folder: Path, algorithm: str, rates: tuple[float, ...], seeds: range) -> list[Trainer]:
@@ -50,26 +51,23 @@ def main() -> None:
         runs = trainers(Path(scratch), "grpo", LEARNING_RATES[: o.members], SEEDS[: o.members])
         (es,) = trainers(Path(scratch), "es", (0.01,), range(1))
 
-        def decode(group: list[Trainer]) -> None:
+        def rows(group: list[Trainer], owners: list[Trainer]) -> None:
+            """The rollout alone of the group's prompts, under the adapters of `owners`, dealt out in turn."""
+            shares = draw(group)
             with torch.no_grad():
-                roll_out(draw(group), stacked([t.policy.matrices() for t in group]), Clock())
-
-        def same_rows(copies: int) -> None:
-            """The rollout of all members' prompts under the first's adapter, held so many times."""
-            shares, first = draw(runs), runs[0]
-            with torch.no_grad():
-                matrices = stacked([first.policy.matrices()] * copies)
+                matrices = stacked([t.policy.matrices() for t in owners])
             prompts = [p for s in shares for p in s.prompts]
             names = [(s.trainer.config.seed, s.trainer.step * s.count + i) for s in shares for i in range(s.count)]
-            owner = [i % copies for i, s in enumerate(shares) for _ in s.prompts]
-            n, sampling = first.config.num_generations, first.sampling()
-            rollout(first.model, matrices, prompts, n, sampling, row_adapter=owner, names=names)
+            owner = [i % len(owners) for i, s in enumerate(shares) for _ in s.prompts]
+            expected = [s.trainer.expected.get(i, LENGTH) for s in shares for i in s.order]
+            first, n = group[0], group[0].config.num_generations
+            rollout(first.model, matrices, prompts, n, first.sampling(), row_adapter=owner, names=names, expected=expected)
 
         calls: dict[str, Callable[[], Any]] = {
-            "rollout/together": lambda: decode(runs),
-            "rollout/solo": lambda: [decode([t]) for t in runs],
-            "rollout/alike": lambda: same_rows(len(runs)),
-            "rollout/one": lambda: same_rows(1),
+            "rollout/together": lambda: rows(runs, runs),
+            "rollout/solo": lambda: [rows([t], [t]) for t in runs],
+            "rollout/alike": lambda: rows(runs, runs[:1] * len(runs)),
+            "rollout/one": lambda: rows(runs, runs[:1]),
             "step/together": lambda: grpo_step(runs),
             "step/solo": lambda: [t._train_step() for t in runs],
             "single/grpo": runs[0]._train_step,
