@@ -272,6 +272,10 @@ def test_settings_that_are_nonsense_are_input_errors(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TINYLORA_BACKEND", "trition")
     with pytest.raises(InputError, match="trition: choose one of"):
         dispatch.backend("cuda")
+    monkeypatch.setenv("TINYLORA_BACKEND", "native")
+    assert dispatch.backend("cpu") == "native"
+    with pytest.raises(InputError, match="native: these kernels are a CPU's"):
+        dispatch.backend("cuda")
 
 
 def test_a_child_without_a_parent_ends_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,11 +50,14 @@ def backend(device_type: str) -> str:
     name = os.environ.get("TINYLORA_BACKEND") or ("padded" if device_type == "cuda" else "native")
     if name not in BACKENDS:
         raise InputError(f"TINYLORA_BACKEND={name}: choose one of {', '.join(BACKENDS)}")
+    if name == "native" and device_type == "cuda":
+        raise InputError("TINYLORA_BACKEND=native: these kernels are a CPU's; leave it out, or choose padded")
     return name
 
 
 def _wants_native(device_type: str) -> bool:
-    return device_type == "cpu" and backend("cpu") == "native"
+    """Not where Triton is interpreted: the checks are then of its kernels."""
+    return device_type == "cpu" and backend("cpu") == "native" and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def runs_native(op: str, x: Tensor, *widths: int, c: "Correction | None" = None) -> bool:

@@ -45,7 +45,7 @@ def identity() -> str:
     cc = compiler()
     version = subprocess.run([cc, "--version"], capture_output=True, text=True).stdout if cc else ""
     info = Path("/proc/cpuinfo")
-    about = re.search(r"^flags.*$", info.read_text(), re.MULTILINE) if info.exists() else None
+    about = re.search(r"^(flags|Features).*$", info.read_text(), re.MULTILINE) if info.exists() else None
     parts = (SOURCE.read_text(), *FLAGS, version, platform.machine(), about[0] if about else "")
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
