@@ -1,4 +1,4 @@
-/* The kernels of tinylora/kernels on a CPU, in fp32: what those of Triton are on a GPU. The formulas stand in the op's Python file.
+/* The kernels of tinylora/kernels on a CPU, in fp32: what those of Triton are on a GPU. The formulas stand there.
 
 Rows are independent and every sum runs in an order that depends on the row alone, eight lanes at a time: a row's bits depend
 neither on its batch nor on the number of threads. Widths are multiples of 8, heads of 16; the Python side sees to that.
@@ -16,7 +16,8 @@ typedef int64_t l64;
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS 4 /* that share one read of a factor */
 #define MOST 512 /* columns of a correction, as kernels/native.py knows too */
-#define EACH_BLOCK(T) _Pragma("omp parallel for schedule(static) num_threads(threads)") for (l64 first = 0; first < T; first += ROWS)
+#define EACH_BLOCK(T) \
+    _Pragma("omp parallel for schedule(static) num_threads(threads)") for (l64 first = 0; first < T; first += ROWS)
 
 INLINE v8 load(const float *p) { v8 x; memcpy(&x, p, sizeof x); return x; }
 INLINE void store(float *p, v8 x) { memcpy(p, &x, sizeof x); }
@@ -62,7 +63,7 @@ INLINE v8 exp8(v8 x) {
 
 INLINE v8 sigmoid(v8 x) { return 1.0f / (1.0f + exp8(-x)); }
 
-/* ---- the correction: t = x F^T into `kept`, [M t | one | 0 ...] into the pad ----------------------------------------------- */
+/* ---- the correction: t = x F^T into `kept`, [M t | one | 0 ...] into the pad --------------------------------------- */
 
 typedef struct {
     const float *factor, *m; /* (R, width); (adapters, segments, r, r) */
@@ -72,8 +73,8 @@ typedef struct {
 } Correction;
 
 #define CORRECTION \
-    const float *factor, l64 factor_stride, const float *m, const l64 *adapter, float *kept, l64 kept_stride, l64 rank, l64 r, \
-        l64 transposed, l64 threads
+    const float *factor, l64 factor_stride, const float *m, const l64 *adapter, float *kept, l64 kept_stride, l64 rank, \
+    l64 r, l64 transposed, l64 threads
 #define THE_CORRECTION \
     const Correction c = {factor, m, adapter, kept, factor_stride, kept_stride, rank, r, transposed}
 
@@ -95,7 +96,8 @@ INLINE void shrink_block(const float *x, l64 stride_x, l64 rows, l64 n, const Co
 }
 
 /* x: the block's rows; pad: where its first row's z goes; tail: columns after the R of z, the first of which gets `one`. */
-static void carry(const float *x, l64 stride_x, l64 first, l64 rows, l64 n, const Correction *c, float *pad, l64 stride_pad, l64 tail, float one) {
+static void carry(const float *x, l64 stride_x, l64 first, l64 rows, l64 n, const Correction *c, float *pad, l64 stride_pad,
+                  l64 tail, float one) {
     float t[ROWS * MOST];
     if (!c->rank) return;
     shrink_block(x, stride_x, rows, n, c, t);
@@ -116,13 +118,17 @@ static void carry(const float *x, l64 stride_x, l64 first, l64 rows, l64 n, cons
 
 void shrink(l64 T, l64 width, const float *x, l64 stride_x, float *z, CORRECTION) {
     THE_CORRECTION;
-    EACH_BLOCK(T) carry(x + first * stride_x, stride_x, first, least(ROWS, T - first), width, &c, z + first * rank, rank, 0, 0);
+    EACH_BLOCK(T) {
+        l64 rows = least(ROWS, T - first);
+        carry(x + first * stride_x, stride_x, first, rows, width, &c, z + first * rank, rank, 0, 0);
+    }
 }
 
-/* ---- add_norm --------------------------------------------------------------------------------------------------------------- */
+/* ---- add_norm ------------------------------------------------------------------------------------------------------ */
 
-void add_norm_forward(l64 T, l64 width, float eps, const float *x, l64 stride_x, const float *y, l64 stride_y, const float *z, l64 inner_rank,
-                      const float *b, l64 stride_b, const float *w, float *new, float *h, l64 stride_h, l64 tail, float *rstd, CORRECTION) {
+void add_norm_forward(l64 T, l64 width, float eps, const float *x, l64 stride_x, const float *y, l64 stride_y,
+                      const float *z, l64 inner_rank, const float *b, l64 stride_b, const float *w, float *new, float *h,
+                      l64 stride_h, l64 tail, float *rstd, CORRECTION) {
     THE_CORRECTION;
     EACH_BLOCK(T) {
         l64 rows = least(ROWS, T - first);
@@ -150,8 +156,8 @@ void add_norm_forward(l64 T, l64 width, float eps, const float *x, l64 stride_x,
     }
 }
 
-void add_norm_backward(l64 T, l64 width, const float *dnew, l64 stride_dnew, const float *dh, l64 stride_dh, const float *x, const float *rstd,
-                       const float *w, float *dx, l64 stride_dx, l64 tail, CORRECTION) {
+void add_norm_backward(l64 T, l64 width, const float *dnew, l64 stride_dnew, const float *dh, l64 stride_dh, const float *x,
+                       const float *rstd, const float *w, float *dx, l64 stride_dx, l64 tail, CORRECTION) {
     THE_CORRECTION;
     EACH_BLOCK(T) {
         l64 rows = least(ROWS, T - first);
@@ -170,7 +176,7 @@ void add_norm_backward(l64 T, l64 width, const float *dnew, l64 stride_dnew, con
     }
 }
 
-/* ---- swiglu ----------------------------------------------------------------------------------------------------------------- */
+/* ---- swiglu -------------------------------------------------------------------------------------------------------- */
 
 void swiglu_forward(l64 T, l64 width, const float *x, l64 stride_x, float *h, l64 stride_h, l64 tail, CORRECTION) {
     THE_CORRECTION;
@@ -178,14 +184,16 @@ void swiglu_forward(l64 T, l64 width, const float *x, l64 stride_x, float *h, l6
         l64 rows = least(ROWS, T - first);
         for (l64 row = first; row < first + rows; row++) {
             const float *gate = x + row * stride_x, *up = gate + width;
-            for (l64 k = 0; k < width; k += 8) store(h + row * stride_h + k, load(gate + k) * sigmoid(load(gate + k)) * load(up + k));
+            for (l64 k = 0; k < width; k += 8)
+                store(h + row * stride_h + k, load(gate + k) * sigmoid(load(gate + k)) * load(up + k));
         }
         float *hb = h + first * stride_h;
         carry(hb, stride_h, first, rows, width, &c, hb + width, stride_h, tail, 1.0f);
     }
 }
 
-void swiglu_backward(l64 T, l64 width, const float *dh, l64 stride_dh, const float *x, l64 stride_x, float *dx, l64 stride_dx, l64 tail, CORRECTION) {
+void swiglu_backward(l64 T, l64 width, const float *dh, l64 stride_dh, const float *x, l64 stride_x, float *dx,
+                     l64 stride_dx, l64 tail, CORRECTION) {
     THE_CORRECTION;
     EACH_BLOCK(T) {
         l64 rows = least(ROWS, T - first);
@@ -203,7 +211,7 @@ void swiglu_backward(l64 T, l64 width, const float *dh, l64 stride_dh, const flo
     }
 }
 
-/* ---- rope ------------------------------------------------------------------------------------------------------------------- */
+/* ---- rope ---------------------------------------------------------------------------------------------------------- */
 
 INLINE float head_rstd(const float *x, l64 D, float eps) {
     v8 squares = all(0.0f);
@@ -224,9 +232,9 @@ INLINE void turn(const float *x, const float *w, float eps, const float *cos, co
 }
 
 /* keys NULL: q and k go to out (T, heads + kv_heads, D). Otherwise q alone does, and k and v go into the cache. */
-void rope_forward(l64 T, l64 heads, l64 kv_heads, l64 D, float eps, const float *qkv, l64 stride, const float *cos, const float *sin,
-                  const float *q_norm, const float *k_norm, float *out, float *keys, float *values, const l64 *position,
-                  const int32_t *table, l64 most, l64 page_size, l64 threads) {
+void rope_forward(l64 T, l64 heads, l64 kv_heads, l64 D, float eps, const float *qkv, l64 stride, const float *cos,
+                  const float *sin, const float *q_norm, const float *k_norm, float *out, float *keys, float *values,
+                  const l64 *position, const int32_t *table, l64 most, l64 page_size, l64 threads) {
     EACH_BLOCK(T) for (l64 row = first; row < least(first + ROWS, T); row++) {
         const float *x = qkv + row * stride, *c = cos + row * D + D / 2, *s = sin + row * D + D / 2;
         float *q = out + row * (heads + (keys ? 0 : kv_heads)) * D;
@@ -240,7 +248,8 @@ void rope_forward(l64 T, l64 heads, l64 kv_heads, l64 D, float eps, const float 
     }
 }
 
-INLINE void turn_back(const float *d, const float *x, const float *w, float eps, const float *cos, const float *sin, l64 D, float *out) {
+INLINE void turn_back(const float *d, const float *x, const float *w, float eps, const float *cos, const float *sin, l64 D,
+                      float *out) {
     l64 half = D / 2;
     for (l64 k = 0; k < half; k += 8) {
         v8 a = load(d + k), b = load(d + half + k), c = load(cos + k), s = load(sin + k);
@@ -255,9 +264,10 @@ INLINE void turn_back(const float *d, const float *x, const float *w, float eps,
     for (l64 k = 0; k < D; k += 8) store(out + k, scale * (load(out + k) * load(w + k) - load(x + k) * slope));
 }
 
-void rope_backward(l64 T, l64 heads, l64 kv_heads, l64 D, float eps, const float *dq, l64 stride_q, l64 stride_q_head, const float *dk, l64 stride_k,
-                   l64 stride_k_head, const float *dv, l64 stride_v, l64 stride_v_head, const float *qkv, l64 stride_x, const float *cos,
-                   const float *sin, const float *q_norm, const float *k_norm, float *dx, l64 stride_dx, l64 tail, CORRECTION) {
+void rope_backward(l64 T, l64 heads, l64 kv_heads, l64 D, float eps, const float *dq, l64 stride_q, l64 stride_q_head,
+                   const float *dk, l64 stride_k, l64 stride_k_head, const float *dv, l64 stride_v, l64 stride_v_head,
+                   const float *qkv, l64 stride_x, const float *cos, const float *sin, const float *q_norm,
+                   const float *k_norm, float *dx, l64 stride_dx, l64 tail, CORRECTION) {
     THE_CORRECTION;
     l64 width = (heads + 2 * kv_heads) * D;
     EACH_BLOCK(T) {
@@ -265,16 +275,19 @@ void rope_backward(l64 T, l64 heads, l64 kv_heads, l64 D, float eps, const float
         for (l64 row = first; row < first + rows; row++) {
             const float *x = qkv + row * stride_x, *c = cos + row * D + D / 2, *s = sin + row * D + D / 2;
             float *out = dx + row * stride_dx;
-            for (l64 h = 0; h < heads; h++, x += D, out += D) turn_back(dq + row * stride_q + h * stride_q_head, x, q_norm, eps, c, s, D, out);
-            for (l64 h = 0; h < kv_heads; h++, x += D, out += D) turn_back(dk + row * stride_k + h * stride_k_head, x, k_norm, eps, c, s, D, out);
-            for (l64 h = 0; h < kv_heads; h++, out += D) memcpy(out, dv + row * stride_v + h * stride_v_head, D * sizeof(float));
+            for (l64 h = 0; h < heads; h++, x += D, out += D)
+                turn_back(dq + row * stride_q + h * stride_q_head, x, q_norm, eps, c, s, D, out);
+            for (l64 h = 0; h < kv_heads; h++, x += D, out += D)
+                turn_back(dk + row * stride_k + h * stride_k_head, x, k_norm, eps, c, s, D, out);
+            for (l64 h = 0; h < kv_heads; h++, out += D)
+                memcpy(out, dv + row * stride_v + h * stride_v_head, D * sizeof(float));
         }
         float *d = dx + first * stride_dx;
         carry(d, stride_dx, first, rows, width, &c, d + width, stride_dx, tail, 0.0f);
     }
 }
 
-/* ---- attention --------------------------------------------------------------------------------------------------------------
+/* ---- attention -----------------------------------------------------------------------------------------------------
 
 A query's keys come in runs: the pages of a slot, or a prompt and what follows it. Sums go key after key, so their bits do not
 depend on how keys are cut into runs: decode and update agree to the bit. */
@@ -295,13 +308,16 @@ INLINE v8 dots8(const float *q, const float *x, l64 stride, l64 n, l64 D) {
     return sums(total);
 }
 
-/* out (share, room): the products of `share` vectors with the keys or the values of the runs. Writes up to 7 beyond the last. */
-static void products(const float *q, l64 stride_q, l64 share, l64 D, const Run *runs, l64 count, int of_keys, float *out, l64 room) {
+/* out (share, room): the products of `share` vectors with the keys or the values of the runs. Writes up to 7 beyond the
+   last. */
+static void products(const float *q, l64 stride_q, l64 share, l64 D, const Run *runs, l64 count, int of_keys, float *out,
+                     l64 room) {
     for (l64 i = 0, n = 0; i < count; n += runs[i++].n)
         for (l64 j = 0; j < runs[i].n; j += 8) {
             l64 stride = of_keys ? runs[i].stride_k : runs[i].stride_v;
             const float *x = (of_keys ? runs[i].k : runs[i].v) + j * stride;
-            for (l64 s = 0; s < share; s++) store(out + s * room + n + j, dots8(q + s * stride_q, x, stride, runs[i].n - j, D));
+            for (l64 s = 0; s < share; s++)
+                store(out + s * room + n + j, dots8(q + s * stride_q, x, stride, runs[i].n - j, D));
         }
 }
 
@@ -355,8 +371,8 @@ static void weighted_sum(const float *p, const Run *runs, l64 count, int of_keys
 static l64 room_for(l64 keys) { return keys / 8 * 8 + 16; } /* with what `products` writes beyond */
 
 /* One query a slot against its pages; table NULL: slot i owns page i. */
-void decode_attention(l64 slots, l64 heads, l64 kv_heads, l64 D, const float *q, const float *keys, const float *values, const l64 *position,
-                      const int32_t *table, l64 most, l64 page_size, float *out, l64 threads) {
+void decode_attention(l64 slots, l64 heads, l64 kv_heads, l64 D, const float *q, const float *keys, const float *values,
+                      const l64 *position, const int32_t *table, l64 most, l64 page_size, float *out, l64 threads) {
     l64 share = heads / kv_heads, room = room_for((table ? most : 1) * page_size), longest = table ? most : 1;
 #pragma omp parallel num_threads(threads)
     {
@@ -389,10 +405,11 @@ typedef struct {
 } Pack;
 
 #define PACK \
-    l64 T, l64 heads, l64 kv_heads, l64 D, l64 longest, const float *q, l64 stride_q, const float *k, l64 stride_k, const float *v, \
-        l64 stride_v, const l64 *start, const l64 *length, const l64 *parent
+    l64 T, l64 heads, l64 kv_heads, l64 D, l64 longest, const float *q, l64 stride_q, const float *k, l64 stride_k, \
+    const float *v, l64 stride_v, const l64 *start, const l64 *length, const l64 *parent
 #define THE_PACK(dout, dq, dk, dv) \
-    const Pack a = {heads, kv_heads, D, room_for(longest), q, k, v, stride_q, stride_k, stride_v, start, length, parent, dout, dq, dk, dv}
+    const Pack a = {heads, kv_heads, D, room_for(longest), q, k, v, stride_q, stride_k, stride_v, start, length, \
+                    parent, dout, dq, dk, dv}
 
 /* The runs that the query at `place` of a sequence sees in one kv head; returns how many. */
 INLINE l64 visible(const Pack *a, l64 sequence, l64 place, l64 h, Run *runs) {
@@ -400,8 +417,9 @@ INLINE l64 visible(const Pack *a, l64 sequence, l64 place, l64 h, Run *runs) {
     for (int i = 0; i < 2; i++) {
         if (from[i] < 0) continue;
         l64 row = a->start[from[i]], cell = (row * a->kv_heads + h) * a->D, n = i ? place + 1 : a->length[from[i]];
-        runs[count++] = (Run){a->k + row * a->stride_k + h * a->D, a->v + row * a->stride_v + h * a->D, a->dk ? a->dk + cell : 0,
-                              a->dv ? a->dv + cell : 0, n, a->stride_k, a->stride_v, a->kv_heads * a->D};
+        const float *k = a->k + row * a->stride_k + h * a->D, *v = a->v + row * a->stride_v + h * a->D;
+        float *dk = a->dk ? a->dk + cell : 0, *dv = a->dv ? a->dv + cell : 0;
+        runs[count++] = (Run){k, v, dk, dv, n, a->stride_k, a->stride_v, a->kv_heads * a->D};
     }
     return count;
 }
@@ -418,7 +436,8 @@ void packed_attention_forward(PACK, const l64 *sequence, const l64 *place, float
             for (l64 h = 0; h < kv_heads; h++) {
                 l64 count = visible(&a, sequence[row], place[row], h, runs), head = h * share;
                 probabilities(q + row * stride_q + head * D, D, share, D, runs, count, p, a.room);
-                for (l64 s = 0; s < share; s++) weighted_sum(p + s * a.room, runs, count, 0, D, out + (row * heads + head + s) * D);
+                for (l64 s = 0; s < share; s++)
+                    weighted_sum(p + s * a.room, runs, count, 0, D, out + (row * heads + head + s) * D);
             }
         free(p);
     }
@@ -462,8 +481,8 @@ static void backward_row(const Pack *a, l64 sequence, l64 place, l64 h, float *p
 
 /* A family, a whole sequence and all that continue it, is one thread's: its dk and dv add up in the order of the pack.
    `members`: the sequences by family, family f from `family[f]` to `family[f + 1]`. */
-void packed_attention_backward(PACK, const float *dout, float *dq, float *dk, float *dv, const l64 *members, const l64 *family,
-                               l64 families, l64 threads) {
+void packed_attention_backward(PACK, const float *dout, float *dq, float *dk, float *dv, const l64 *members,
+                               const l64 *family, l64 families, l64 threads) {
     THE_PACK(dout, dq, dk, dv);
     (void)T;
 #pragma omp parallel num_threads(threads)
