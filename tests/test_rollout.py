@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tinylora.adapter import Adapter, TinyLoRAConfig
 from tinylora.errors import InputError
+from tinylora.kernels.self_check import rms
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model import load_model
 from tinylora.model.decoder import KVCache
 from tinylora.rl.rollout import Completion, Sampling, Usage, rollout
+from tinylora.rl.slots import WIDE, head
+from tinylora.rl.update import score
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15, 16], [20, 21]]
 SAMPLING = Sampling(30, temperature=1.0, seed=5, eos_ids=(7, 9))
@@ -157,3 +161,22 @@ def test_completions_are_handed_over_as_they_end(adapted, slots):
     assert all(c == completions[i] for i, c in given)
     lengths = [len(c.tokens) for _, c in given]
     assert slots or lengths == sorted(lengths), "the shortest come first"
+
+
+def test_a_large_vocabulary(tiny_model):
+    """Whose logits another library computes: the same tokens for any number of slots, and the update's log-probs."""
+    model = load_model(str(tiny_model("qwen2", vocab_size=WIDE + 5)))
+    adapter = Adapter(model, TinyLoRAConfig(u=3, n_tie=4))
+    hidden = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    exact = hidden.double() @ model.head.double().T
+    ours, plain = (rms(logits.double() - exact) for logits in (head(hidden, model), F.linear(hidden, model.head)))
+    assert ours <= 2 * plain
+    for rows in (8, 16, 24):
+        assert torch.equal(head(hidden[:rows], model), head(hidden, model)[:rows])
+    sampling = Sampling(12, seed=3)
+    whole = rollout(model, adapter.matrices(), PROMPTS, 4, sampling)
+    for slots in (1, 8):
+        same(rollout(model, adapter.matrices(), PROMPTS, 4, sampling, slots=slots), whole)
+    with torch.no_grad():
+        logp, _ = score(adapter, adapter.matrices(), [p for p in PROMPTS for _ in range(4)], whole, range(len(whole)), 1.0)
+    torch.testing.assert_close(logp, torch.tensor([x for c in whole for x in c.logprobs]), rtol=0, atol=1e-5)
