@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tinylora.kernels.correction import Correction
 
 SOURCE = Path(__file__).parent.parent / "csrc" / "cpu.c"
-# Vectors are written out: left to the compiler, which products it fuses would depend on where in a loop a row stands.
+# Vectors are written out. Left to the compiler, a loop has several paths, and a row's bits may depend on which it takes.
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-tree-vectorize", "-fno-math-errno", "-fopenmp", "-fPIC")
 MOST = 512  # columns of a correction, as the source knows too
 PARALLEL = 4096  # numbers from which threads pay
