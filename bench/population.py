@@ -27,7 +27,6 @@ from tinylora.rl.step import draw, grpo_step, stacked
 from tinylora.rl.trainer import Trainer
 
 LEARNING_RATES, SEEDS = (0.003, 0.005, 0.01, 0.02), range(4)
-LENGTH = 40  # that a completion may have
 
 
 def trainers(folder: Path, algorithm: str, rates: tuple[float, ...], seeds: range) -> list[Trainer]:
@@ -59,7 +58,7 @@ def main() -> None:
             prompts = [p for s in shares for p in s.prompts]
             names = [(s.trainer.config.seed, s.trainer.step * s.count + i) for s in shares for i in range(s.count)]
             owner = [i % len(owners) for i, s in enumerate(shares) for _ in s.prompts]
-            expected = [s.trainer.expected.get(i, LENGTH) for s in shares for i in s.order]
+            expected = [s.trainer.expected.get(i, s.trainer.config.max_completion_length) for s in shares for i in s.order]
             first, n = group[0], group[0].config.num_generations
             rollout(first.model, matrices, prompts, n, first.sampling(), row_adapter=owner, names=names, expected=expected)
 

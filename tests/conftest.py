@@ -89,6 +89,21 @@ def tiny_model(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture(params=[("native", 32), ("addmm", 8)], ids=["native", "addmm"])
+def adapted(tiny_model: Callable[..., Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """A model, its adapter and that one's matrices: once with C kernels, for which its heads are large enough, once without."""
+    from tinylora.adapter import Adapter, TinyLoRAConfig
+    from tinylora.model import load_model
+
+    backend, head_dim = request.param
+    monkeypatch.setenv("TINYLORA_BACKEND", backend)
+    model = load_model(str(tiny_model("qwen2", head_dim=head_dim)))
+    adapter = Adapter(model, TinyLoRAConfig(u=3, n_tie=4))
+    with torch.no_grad():
+        adapter.v.copy_(0.2 * torch.randn(adapter.v.shape, generator=torch.Generator().manual_seed(0)))
+        return model, adapter, adapter.matrices()
+
+
 @pytest.fixture
 def text_model(tiny_model: Callable[..., Path]) -> Callable[[list[str]], Path]:
     """A function: a random small Qwen2 with a byte-level tokenizer trained on the given texts, and a chat template."""

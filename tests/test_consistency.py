@@ -20,18 +20,11 @@ PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15, 16], [20, 21]]
 SAMPLING = Sampling(30, temperature=1.0, seed=5, eos_ids=(7, 9))
 
 
-@pytest.fixture(
-    params=[("native", 32), ("addmm", 8)], ids=["native", "addmm"]
-)  # C kernels, for heads of 16 numbers on, or none
-def exact(tiny_model, request, monkeypatch):
-    backend, head_dim = request.param
-    monkeypatch.setenv("TINYLORA_BACKEND", backend)
-    model = load_model(str(tiny_model("qwen2", head_dim=head_dim)))
-    adapter = Adapter(model, TinyLoRAConfig(u=3, n_tie=4))
+@pytest.fixture
+def exact(adapted):
+    _, adapter, matrices = adapted
     fix_capacity(adapter, PROMPTS, SAMPLING)
-    with torch.no_grad():
-        adapter.v.copy_(0.2 * torch.randn(adapter.v.shape, generator=torch.Generator().manual_seed(0)))
-        return adapter, adapter.matrices()
+    return adapter, matrices
 
 
 def test_exact_rollouts_are_bitwise_the_same_and_the_updates(exact):

@@ -80,7 +80,7 @@ def test_forward_and_gradient_are_those_of_explicit_weights(kind: str, changes: 
     model, adapter = attached(kind, **changes)
     explicit = Explicit(kind, adapter)
     single, start = Explicit(kind, adapter, torch.float32), adapter.v.detach().clone()
-    errors = torch.zeros(2, 2, dtype=torch.float64)  # ours and plain; of the logits and the gradient, over five draws of v
+    errors = torch.zeros(2, 2, dtype=torch.float64)  # ours and plain; of the logits and the gradient, over five multiples of v
     for factor in (-1.0, 0.5, -0.5, 0.75, 1.0):
         v = factor * start
         adapter.load_v(v)

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -181,6 +181,17 @@ def test_a_source_that_does_not_compile(fresh: None, tmp_path: Path, monkeypatch
     assert not list(native.cache_dir().glob(".cpu-*"))
 
 
-def test_arguments_are_counted(check: Callable[..., None] = native.call) -> None:
+def test_arguments_are_counted() -> None:
     with pytest.raises(TypeError):
-        check("shrink", 1, 2, 3)
+        native.call("shrink", 1, 2, 3)
+
+
+def test_positions_that_are_missing_are_refused() -> None:
+    """Rather than read beyond them: five slots, and rows padded to eight."""
+    q, cells, view = (
+        normals(8, 2, 32),
+        normals(8, 1, 16, 32),
+        CacheView(torch.zeros(5, dtype=torch.long), None, 16, 1, torch.float32),
+    )
+    with pytest.raises(ValueError, match="8 slots, and 5 positions"):
+        decode_attention(q, cells, cells, view, None)

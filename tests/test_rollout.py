@@ -18,19 +18,6 @@ PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15, 16], [20, 21]]
 SAMPLING = Sampling(30, temperature=1.0, seed=5, eos_ids=(7, 9))
 
 
-@pytest.fixture(
-    params=[("native", 32), ("addmm", 8)], ids=["native", "addmm"]
-)  # C kernels, for heads of 16 numbers on, or none
-def adapted(tiny_model, request, monkeypatch):
-    backend, head_dim = request.param
-    monkeypatch.setenv("TINYLORA_BACKEND", backend)
-    model = load_model(str(tiny_model("qwen2", head_dim=head_dim)))
-    adapter = Adapter(model, TinyLoRAConfig(u=3, n_tie=4))
-    with torch.no_grad():
-        adapter.v.copy_(0.2 * torch.randn(adapter.v.shape, generator=torch.Generator().manual_seed(0)))
-        return model, adapter, adapter.matrices()
-
-
 def same(a: list[Completion], b: list[Completion]) -> None:
     assert [c.tokens for c in a] == [c.tokens for c in b]
     for x, y in zip(a, b, strict=True):

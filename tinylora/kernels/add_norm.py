@@ -203,6 +203,12 @@ def _backward(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
+def _outputs(x: Tensor, y: Tensor | None, outer: Correction | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for x' (x itself, where nothing is added), [h | z'] and rstd of a forward kernel."""
+    new = x if y is None else x.new_empty(x.shape)
+    return new, padded(len(x), x.shape[1], outer, x), x.new_empty(len(x), 1, dtype=torch.float32)
+
+
 def add_norm_triton(
     x: Tensor,
     y: Tensor | None,
@@ -214,8 +220,7 @@ def add_norm_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward in one kernel. x with unit stride in its rows."""
     T, width = x.shape
-    h, rstd = padded(T, width, outer, x), x.new_empty(T, 1, dtype=torch.float32)
-    new = x if y is None else x.new_empty(T, width)
+    new, h, rstd = _outputs(x, y, outer)
     tensors, constants = arguments(outer, outer.t if outer else None, x)
     y_, (z_, b) = x if y is None else y, (x, x) if z is None or inner is None else (z, inner.Bt)
     a = x if outer is None else outer.A
@@ -268,12 +273,10 @@ def add_norm_native(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward in C."""
     T, width = x.shape
-    h, rstd = padded(T, width, outer, x), x.new_empty(T, 1)
-    new = x if y is None else x.new_empty(T, width)
+    new, h, rstd = _outputs(x, y, outer)
     z, b = (None, None) if z is None or inner is None else (z.contiguous(), inner.Bt)
-    rank, tail = 0 if z is None else z.shape[1], h.shape[1] - width - (outer.rank if outer else 0)
-    terms = (*native.rows(x), *native.rows(y), z, rank, *native.rows(b), weight)
-    out = (new, *native.rows(h), tail, rstd)
+    terms = (*native.rows(x), *native.rows(y), z, 0 if z is None else z.shape[1], *native.rows(b), weight)
+    out = (new, *native.carrying(h, width, outer), rstd)
     native.call("add_norm_forward", x.numel(), T, width, eps, *terms, *out, *native.mixing(outer))
     return new, h, rstd
 
@@ -285,8 +288,8 @@ def add_norm_backward_native(
     T, width = x.shape
     out = padded(T, width, inner, x)
     terms = (*native.rows(dx), *native.rows(dh), x, rstd, weight)
-    tail = out.shape[1] - width - (inner.rank if inner else 0)
-    native.call("add_norm_backward", x.numel(), T, width, *terms, *native.rows(out), tail, *native.mixing(inner, True))
+    carrying = native.carrying(out, width, inner)
+    native.call("add_norm_backward", x.numel(), T, width, *terms, *carrying, *native.mixing(inner, True))
     return out
 
 
@@ -302,17 +305,13 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dx, dh):  # type: ignore[no-untyped-def]
         x, rstd, weight = ctx.saved_tensors
-        op = add_norm_backward_triton if dispatch.runs_triton("add_norm", x) else add_norm_backward_plain
-        if dispatch.runs_native("add_norm", x, x.shape[1], c=ctx.inner):
-            op = add_norm_backward_native
-        d = op(dx, dh, x, rstd, weight, ctx.inner)
+        ops = (add_norm_backward_native, add_norm_backward_triton, add_norm_backward_plain)
+        d = dispatch.choose("add_norm", x, *ops, x.shape[1], c=ctx.inner)(dx, dh, x, rstd, weight, ctx.inner)
         return d[:, : x.shape[1]], d, None, None, None, None, None, None
 
 
 def _forward_op(x: Tensor, outer: Correction | None):  # type: ignore[no-untyped-def]
-    if dispatch.runs_native("add_norm", x, x.shape[1], c=outer):
-        return add_norm_native
-    return add_norm_triton if dispatch.runs_triton("add_norm", x) else add_norm_plain
+    return dispatch.choose("add_norm", x, add_norm_native, add_norm_triton, add_norm_plain, x.shape[1], c=outer)
 
 
 def add_norm(

@@ -111,10 +111,13 @@ def narrow_product(x: Tensor, factor: Tensor) -> Tensor:
     On a CPU oneDNN takes half of MKL's time for it where K is large. The choice does not depend on T, and neither do a row's
     bits.
     """
-    plain = x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[1] < ONEDNN_COLUMNS or not x.is_contiguous()
-    if plain or not torch.backends.mkldnn.is_available():
-        return F.linear(x, factor)
-    return torch.ops.mkldnn._linear_pointwise(x, factor, None, "none", [], "")
+    return F.linear(x, factor) if x.shape[1] < ONEDNN_COLUMNS else onednn_linear(x, factor)
+
+
+def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T by oneDNN, where it is there for contiguous fp32 rows on a CPU; otherwise by `F.linear`."""
+    takes = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and torch.backends.mkldnn.is_available()
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "") if takes else F.linear(x, weight)
 
 
 def write_z(x: Tensor, width: int, c: Correction | None) -> None:

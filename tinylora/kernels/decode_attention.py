@@ -245,9 +245,8 @@ def decode_attention_native(
     q: Tensor, keys: Tensor, values: Tensor, view: CacheView, o: Correction | None
 ) -> tuple[Tensor, Tensor | None]:
     """In C. Every slot reads its own keys alone."""
-    (slots, heads, D), kv_heads, size = q.shape, keys.shape[1], keys.shape[2]
-    out, most = q.new_empty(slots, heads * D), 0 if view.table is None else view.table.shape[1]
-    where = (keys, values, view.positions, view.table, most, size)
+    (slots, heads, D), kv_heads = q.shape, keys.shape[1]
+    out, where = q.new_empty(slots, heads * D), native.cells(slots, keys, values, view.positions, view.table)
     native.call("decode_attention", slots * native.PARALLEL // 8, slots, heads, kv_heads, D, q.contiguous(), *where, out)
     return out, None if o is None else shrink(out, o)
 

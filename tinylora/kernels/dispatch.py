@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -63,6 +63,21 @@ def _wants_native(device_type: str) -> bool:
 def runs_native(op: str, x: Tensor, *widths: int, c: "Correction | None" = None) -> bool:
     """Whether `op` runs its C kernel on rows like x, of these widths and with this correction, once that is proven."""
     return _wants_native(x.device.type) and native.fits(x, *widths) and (c is None or c.fits_native) and _proven(op, x.device)
+
+
+def choose(
+    op: str,
+    x: Tensor,
+    native_op: Callable[..., Any],
+    triton_op: Callable[..., Any],
+    plain_op: Callable[..., Any],
+    *widths: int,
+    c: "Correction | None" = None,
+) -> Callable[..., Any]:
+    """The implementation of `op` on rows like x, of these widths and with this correction."""
+    if runs_native(op, x, *widths, c=c):
+        return native_op
+    return triton_op if runs_triton(op, x) else plain_op
 
 
 def _wants_triton(device_type: str) -> bool:

@@ -119,6 +119,20 @@ def rows(x: Tensor | None) -> tuple[Tensor | None, int]:
     return x, x.stride(0)
 
 
+def carrying(x: Tensor, width: int, c: "Correction | None") -> tuple[Tensor, int, int]:
+    """Rows that a function writes with what they carry: x, its row stride, and the columns that follow z or sM."""
+    return x, x.stride(0), x.shape[1] - width - (c.rank if c is not None else 0)
+
+
+def cells(slots: int, keys: Tensor, values: Tensor, positions: Tensor, table: Tensor | None) -> tuple[Any, ...]:
+    """What a function takes of a cache. ValueError where the slots' positions are not all there: it would read beyond them."""
+    if len(positions) != slots or (table is not None and len(table) < slots):
+        raise ValueError(
+            f"{slots} slots, and {len(positions)} positions; rows of a decode step come in multiples of 8 on a CPU"
+        )
+    return keys, values, positions, table, 0 if table is None else table.shape[1], keys.shape[2]
+
+
 def mixing(c: "Correction | None", transposed: bool = False) -> tuple[Any, ...]:
     """What a function takes of a correction, for z in the forward or for sM in the backward. `c` keeps it all alive."""
     if c is None:

@@ -339,8 +339,7 @@ def rope_cache_native(
 ) -> Tensor:  # q (T, heads, D)
     """The forward in C that puts k and v where a cache wants them, with a table of pages or without (`decode_attention`)."""
     out = qkv.new_empty(len(qkv), h.heads, h.head_dim)
-    most = 0 if table is None else table.shape[1]
-    _call_native(qkv, cos, sin, h, out, (keys, values, positions, table, most, keys.shape[2]))
+    _call_native(qkv, cos, sin, h, out, native.cells(len(qkv), keys, values, positions, table))
     return out
 
 
@@ -357,24 +356,14 @@ def rope_backward_native(
     dx = padded(len(dq), h.width, inner, dq)
     grads = [part for g in (dq, dk, dv) for part in (g, g.stride(0), g.stride(1))]
     norms = (None, None) if qkv is None else (h.q_norm, h.k_norm)
-    terms = (
-        h.eps,
-        *grads,
-        *native.rows(qkv),
-        cos,
-        sin,
-        *norms,
-        *native.rows(dx),
-        dx.shape[1] - h.width - (inner.rank if inner else 0),
-    )
-    native.call("rope_backward", dx.numel(), len(dq), h.heads, h.kv_heads, h.head_dim, *terms, *native.mixing(inner, True))
+    sizes = (len(dq), h.heads, h.kv_heads, h.head_dim, h.eps)
+    terms = (*grads, *native.rows(qkv), cos, sin, *norms, *native.carrying(dx, h.width, inner))
+    native.call("rope_backward", dx.numel(), *sizes, *terms, *native.mixing(inner, True))
     return dx
 
 
 def _forward_op(qkv: Tensor, h: Heads):  # type: ignore[no-untyped-def]
-    if dispatch.runs_native("rope", qkv, h.head_dim // 2):
-        return rope_native
-    return rope_triton if dispatch.runs_triton("rope", qkv) else rope_plain
+    return dispatch.choose("rope", qkv, rope_native, rope_triton, rope_plain, h.head_dim // 2)
 
 
 class _Rope(torch.autograd.Function):
@@ -387,10 +376,10 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq, dk, dv):  # type: ignore[no-untyped-def]
         cos, sin, qkv = ctx.saved_tensors
-        op = rope_backward_triton if dispatch.runs_triton("rope", dq) else rope_backward_plain
-        if dispatch.runs_native("rope", dq, ctx.heads.head_dim // 2, c=ctx.inner):
-            op = rope_backward_native
-        dqkv = op(dq, dk, dv, qkv, cos, sin, ctx.heads, ctx.inner)
+        ops = (rope_backward_native, rope_backward_triton, rope_backward_plain)
+        dqkv = dispatch.choose("rope", dq, *ops, ctx.heads.head_dim // 2, c=ctx.inner)(
+            dq, dk, dv, qkv, cos, sin, ctx.heads, ctx.inner
+        )
         return dqkv[:, : ctx.width], None, None, None, None, None
 
 

@@ -76,6 +76,4 @@ def shrink_native(x: Tensor, c: Correction) -> Tensor:
 @torch.no_grad()
 def shrink(x: Tensor, c: Correction) -> Tensor:
     """x (T, K) -> z (T, R) of x's dtype; t goes into c.t where that is kept."""
-    if dispatch.runs_native("shrink", x, x.shape[1], c=c):
-        return shrink_native(x, c)
-    return (shrink_triton if dispatch.runs_triton("shrink", x) else shrink_ref)(x, c)
+    return dispatch.choose("shrink", x, shrink_native, shrink_triton, shrink_ref, x.shape[1], c=c)(x, c)

@@ -178,23 +178,21 @@ def swiglu_backward_triton(dh: Tensor, x: Tensor, width: int, inner: Correction 
 def swiglu_native(x: Tensor, width: int, outer: Correction | None) -> Tensor:
     """The forward in C."""
     h = padded(len(x), width, outer, x)
-    tail = h.shape[1] - width - (outer.rank if outer else 0)
-    native.call("swiglu_forward", x.numel(), len(x), width, *native.rows(x), *native.rows(h), tail, *native.mixing(outer))
+    terms = (*native.rows(x), *native.carrying(h, width, outer))
+    native.call("swiglu_forward", x.numel(), len(x), width, *terms, *native.mixing(outer))
     return h
 
 
 def swiglu_backward_native(dh: Tensor, x: Tensor, width: int, inner: Correction | None) -> Tensor:
     """The backward in C."""
     dx = padded(len(x), 2 * width, inner, x)
-    terms = (*native.rows(dh), *native.rows(x), *native.rows(dx), dx.shape[1] - 2 * width - (inner.rank if inner else 0))
+    terms = (*native.rows(dh), *native.rows(x), *native.carrying(dx, 2 * width, inner))
     native.call("swiglu_backward", x.numel(), len(x), width, *terms, *native.mixing(inner, True))
     return dx
 
 
 def _forward_op(x: Tensor, width: int, outer: Correction | None):  # type: ignore[no-untyped-def]
-    if dispatch.runs_native("swiglu", x, width, c=outer):
-        return swiglu_native
-    return swiglu_triton if dispatch.runs_triton("swiglu", x) else swiglu_plain
+    return dispatch.choose("swiglu", x, swiglu_native, swiglu_triton, swiglu_plain, width, c=outer)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -207,10 +205,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
-        op = swiglu_backward_triton if dispatch.runs_triton("swiglu", x) else swiglu_backward_plain
-        if dispatch.runs_native("swiglu", x, ctx.width, c=ctx.inner):
-            op = swiglu_backward_native
-        dx = op(dh, x, ctx.width, ctx.inner)
+        ops = (swiglu_backward_native, swiglu_backward_triton, swiglu_backward_plain)
+        dx = dispatch.choose("swiglu", x, *ops, ctx.width, c=ctx.inner)(dh, x, ctx.width, ctx.inner)
         return dx[:, : x.shape[1]], None, None, None, None
 
 
