@@ -7,8 +7,8 @@ in the backward writes M^T s there. A padded row of width K with R columns of z 
 
     columns 0 .. K-1: x    K .. K+R-1: z    K+R: 1 (the bias rides on it)    then zeros up to a multiple of 16
 
-and lies at a row stride that is a multiple of 64 elements: whole cache lines, and the divisibility by 16 without which Triton
-gives up wide stores and asynchronous copies.
+and lies on a GPU at a row stride that is a multiple of 64 elements: whole cache lines, and the divisibility by 16 without which
+Triton gives up wide stores and asynchronous copies. On a CPU one row follows the other, as oneDNN wants it.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from torch import Tensor
 from tinylora.kernels import dispatch, native
 
 ONEDNN_COLUMNS = 512  # of a CPU's narrow product from which oneDNN beats MKL at any number of rows
+CHAIN = 1024  # numbers that oneDNN may sum for an element: it adds them one after another, and its error passes twice MKL's
 
 
 @dataclass
@@ -93,7 +94,7 @@ def padded_width(width: int, rank: int) -> int:
 
 
 def row_stride(width: int, rank: int) -> int:
-    """Elements from one padded row to the next."""
+    """Elements from one padded row to the next, on a GPU."""
     return -(-(width + rank + 1) // 64) * 64
 
 
@@ -101,8 +102,8 @@ def padded(rows: int, width: int, correction: Correction | None, like: Tensor) -
     """Uninitialised rows with room for a correction; without one, plain rows of `width`."""
     if correction is None:
         return like.new_empty(rows, width)
-    rank = correction.rank
-    return like.new_empty(rows, row_stride(width, rank))[:, : padded_width(width, rank)]
+    columns = padded_width(width, correction.rank)
+    return like.new_empty(rows, columns if like.is_cpu else row_stride(width, correction.rank))[:, :columns]
 
 
 def narrow_product(x: Tensor, factor: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ SPARE = 24  # rank that a buffer has room for from the start: three segments of 
 class FrozenLinear:
     """The constants of one group. A and B are absent until an adapter's factors are packed in.
 
-    Where products run over padded buffers (`linear`), weight, A and B are views of one: [[W, B, bias], [A, 0, 0]].
+    Where products run over padded buffers (`linear`), weight, A and B are views of one: [[W, B, bias], [A, 0, 0]]. On a CPU it
+    is as large as its contents, so that its rows follow one another.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, A: Tensor | None = None, Bt: Tensor | None = None) -> None:
@@ -43,21 +44,33 @@ class FrozenLinear:
         self.bias = bias  # (N,)
         self.A = A  # (R, K)
         self.Bt = Bt  # (R, N), B transposed and contiguous: s = F.linear(dy, Bt) is twice as fast as dy @ B
-        self.buffer: Tensor | None = None  # (padded N, row stride of K)
+        self.buffer: Tensor | None = None  # (padded N, padded K) or more
+        self.carries = True  # whether rows of x come with z: if not, a CPU's buffer has neither B nor bias
 
     @classmethod
-    def empty(cls, rows: int, columns: int, bias: bool, dtype: torch.dtype, device: torch.device) -> "FrozenLinear":
+    def empty(
+        cls, rows: int, columns: int, bias: bool, dtype: torch.dtype, device: torch.device, carries: bool = True
+    ) -> "FrozenLinear":
         """Room for weights to be copied into, in a padded buffer where this device's backend multiplies one."""
         biases = torch.empty(rows, dtype=dtype, device=device) if bias else None
         if dispatch.backend(device.type) in ("reference", "addmm"):
             return cls(torch.empty(rows, columns, dtype=dtype, device=device), biases)
         group = cls(torch.empty(0, dtype=dtype, device=device), biases)
-        group._allocate(rows, columns, SPARE)
+        group.carries = carries
+        group._allocate(rows, columns, 0 if device.type == "cpu" else SPARE)
         return group
 
     def _allocate(self, rows: int, columns: int, rank: int) -> None:
-        self.buffer = self.weight.new_zeros(padded_width(rows, rank), row_stride(columns, rank))
+        self.buffer = self.weight.new_zeros(self._shape(rows, columns, rank))
         self.weight = self.buffer[:rows, :columns]
+
+    def _shape(self, rows: int, columns: int, rank: int) -> tuple[int, int]:
+        """Of a buffer with room for this rank; 0 on a CPU: none."""
+        if not self.weight.is_cpu:
+            return padded_width(rows, rank), row_stride(columns, rank)
+        if rank == 0:
+            return rows, columns
+        return padded_width(rows, rank), padded_width(columns, rank) if self.carries else columns
 
     def pack(self, factors: Sequence[tuple[Tensor, Tensor] | None], sizes: Sequence[int], narrow: int = 1) -> None:
         """Stack the segments' factors (A (r, K), B (n, r)); None is a segment without a correction.
@@ -75,15 +88,17 @@ class FrozenLinear:
                 self.Bt[own, start : start + size] = factor[1].T.to(self.Bt)
             start += size
         if self.buffer is not None:
-            if padded_width(rows, rank) > len(self.buffer) or row_stride(columns, rank) > self.buffer.shape[1]:
+            shape, held = self._shape(rows, columns, rank), self.buffer.shape
+            if shape != held if self.weight.is_cpu else shape[0] > held[0] or shape[1] > held[1]:
                 weight = self.weight
                 self._allocate(rows, columns, rank)
                 self.weight.copy_(weight)
             self.unpack()
             self.buffer[rows : rows + rank, :columns] = self.A
-            self.buffer[:rows, columns : columns + rank] = self.Bt.T
-            if self.bias is not None:
-                self.buffer[:rows, columns + rank] = self.bias
+            if self.buffer.shape[1] > columns:
+                self.buffer[:rows, columns : columns + rank] = self.Bt.T
+                if self.bias is not None:
+                    self.buffer[:rows, columns + rank] = self.bias
 
     def unpack(self) -> None:
         """Zero everything beside the weights, whatever rank was packed before."""

@@ -7,7 +7,7 @@ Autograd keeps nothing for it. Three ways to the same product, chosen by the bac
 
     addmm     two products on plain weights, the large one added to the small one in place
     padded    one product over the buffer [[W, B, bias], [A, 0, 0]]: the correction enters the accumulator of a stock GEMM;
-              native and cuda do the same
+              cuda does the same, and native, where oneDNN takes half of MKL's time or less on many processors
     triton    one product on plain weights with the rank-R update in its epilogue (`fused_linear`)
 
 Rows without a pad get no correction in the forward: the attention's output, whose z the next kernel adds (`add_norm`).
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tinylora.kernels import dispatch
-from tinylora.kernels.correction import Correction, padded
+from tinylora.kernels.correction import CHAIN, Correction, onednn_linear, padded
 from tinylora.kernels.frozen_linear import FrozenLinear, two_products
 from tinylora.kernels.fused_linear import fused_linear
 
@@ -31,50 +31,72 @@ def linear_ref(x: Tensor, group: FrozenLinear) -> Tensor:
     return y + x[:, width : width + len(group.Bt)] @ group.Bt
 
 
-def _forward(x: Tensor, group: FrozenLinear, y: Tensor) -> None:
-    """y (T, N) = the map of x (T, K) or (T, padded)."""
+def _by_onednn(x: Tensor, w: Tensor) -> bool:
+    """Whether oneDNN multiplies rows of x by w (n, k): fp32 on a CPU, nothing between the rows, and sums it keeps exact enough.
+
+    Not a function of how many rows, on which no row's bits depend either, from two on; a Decoder's come in multiples of 8.
+    """
+    native = x.is_cpu and x.dtype == torch.float32 and dispatch.backend("cpu") == "native"
+    return native and x.shape[1] == w.shape[1] <= CHAIN and x.is_contiguous()
+
+
+def _forward(x: Tensor, group: FrozenLinear, c: Correction | None) -> Tensor:
+    """The map of x (T, K) or (T, padded): (T, N), or with c (T, padded), the pad being anything."""
     (N, K), kind = group.weight.shape, dispatch.backend(x.device.type)
     carries = x.shape[1] > K
     if group.buffer is not None and kind in ("padded", "native", "cuda") and (carries or group.bias is None):
-        torch.mm(x, group.buffer[:N, : x.shape[1]].T, out=y)
-        return
+        if _by_onednn(x, group.buffer):
+            return onednn_linear(x, group.buffer[:N] if c is None else group.buffer)
+        y = padded(len(x), N, c, x)
+        torch.mm(x, group.buffer[:N, : x.shape[1]].T, out=y[:, :N])
+        return y
+    y = padded(len(x), N, c, x)
     Bt = group.Bt if carries else None
     z = None if Bt is None else x[:, K : K + len(Bt)]
     if kind == "triton" and dispatch.runs_triton("fused_linear", x):
-        fused_linear(x[:, :K], z, group.weight, Bt, group.bias, y)
-        return
-    two_products(x[:, :K], z, group.weight, Bt, group.bias, y)
+        fused_linear(x[:, :K], z, group.weight, Bt, group.bias, y[:, :N])
+    else:
+        two_products(x[:, :K], z, group.weight, Bt, group.bias, y[:, :N])
+    return y
 
 
-def linear_backward(dy: Tensor, group: FrozenLinear, dx: Tensor) -> Tensor:
-    """dx (T, K), which is written and returned: the transposed map of dy (T, N) or (T, padded)."""
+def linear_backward(dy: Tensor, group: FrozenLinear, columns: int) -> Tensor:
+    """dx (T, columns): the transposed map of dy (T, N) or (T, padded). `columns` are x's, and those beyond K are anything."""
     (N, K), kind = group.weight.shape, dispatch.backend(dy.device.type)
     carries = dy.shape[1] > N
     if group.buffer is not None and kind in ("padded", "native", "cuda"):
-        return torch.mm(dy, group.buffer[: dy.shape[1], :K], out=dx)
+        rows = group.buffer[: dy.shape[1]]
+        if columns == rows.shape[1] and _by_onednn(dy, rows.T):
+            return onednn_linear(dy, rows.T)
+        dx = _rows(dy, columns)
+        torch.mm(dy, rows[:, :K], out=dx[:, :K])
+        return dx
+    dx = _rows(dy, columns)
     A = group.A if carries else None
     sM = None if A is None else dy[:, N : N + len(A)]
     if kind == "triton" and dispatch.runs_triton("fused_linear", dy):
-        fused_linear(dy[:, :N], sM, group.weight.T, A, None, dx)
-        return dx
-    return two_products(dy[:, :N], sM, group.weight.T, A, None, dx)
+        fused_linear(dy[:, :N], sM, group.weight.T, A, None, dx[:, :K])
+    else:
+        two_products(dy[:, :N], sM, group.weight.T, A, None, dx[:, :K])
+    return dx
+
+
+def _rows(like: Tensor, columns: int) -> Tensor:
+    """Uninitialised rows, at a stride as `padded` gives them."""
+    stride = columns if like.is_cpu else -(-columns // 64) * 64
+    return like.new_empty(len(like), stride)[:, :columns]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, c):  # type: ignore[no-untyped-def]
-        ctx.group, ctx.shape = group, x.shape
-        y = padded(len(x), len(group.weight), c, x)
-        _forward(x, group, y[:, : len(group.weight)])
-        return y
+        ctx.group, ctx.columns = group, x.shape[1]
+        return _forward(x, group, c)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        K = ctx.group.weight.shape[1]
         # The pad has no gradient anyone reads: z's reaches x through sM.
-        dx = dy.new_empty(len(dy), -(-ctx.shape[1] // 64) * 64)[:, : ctx.shape[1]]
-        linear_backward(dy, ctx.group, dx[:, :K])
-        return dx, None, None
+        return linear_backward(dy, ctx.group, ctx.columns), None, None
 
 
 def linear(
@@ -85,6 +107,4 @@ def linear(
     """y = x W^T + z B^T + bias, with a gradient for x out of [dy | sM]."""
     if torch.is_grad_enabled() and x.requires_grad:
         return _Linear.apply(x, group, c)
-    y = x.new_empty(len(x), len(group.weight))
-    _forward(x, group, y)
-    return y
+    return _forward(x, group, None)

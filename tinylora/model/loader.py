@@ -101,7 +101,7 @@ def build_decoder(config: ModelConfig, read: "_Checkpoint", directory: Path) -> 
 
     def linear(layer: int, types: tuple[str, ...], bias: bool) -> FrozenLinear:
         rows, columns = [c.shape(t)[0] for t in types], c.shape(types[0])[1]
-        group = FrozenLinear.empty(sum(rows), columns, bias, read.dtype, read.device)
+        group = FrozenLinear.empty(sum(rows), columns, bias, read.dtype, read.device, carries=types != GROUPS[1])
         start = 0
         for type_, size in zip(types, rows, strict=True):
             name = module_name(layer, type_)
