@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="eos", choices=["eos", "gsm8k", "fixed"])
     parser.add_argument("--longest", type=int, default=40, help="tokens a sequence may get")
     parser.add_argument("--slots", type=int, help="ours: sequences that decode at once; default: as the trainer would")
-    parser.add_argument("--rounds", type=int, default=5, help="of each contender; the first is warm-up")
+    parser.add_argument("--rounds", type=int, default=5, help="of each contender, after a short warm-up")
     parser.add_argument("--busy", type=float, default=0.04, help="a CPU round counts if others used at most this share")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--json", help="a file for the last line too")
@@ -135,12 +136,12 @@ def main() -> None:
 
         usages: dict[str, Usage] = {}
 
-        def ours(name: str, m: Any) -> int:
+        def ours(name: str, m: Any, limits: list[int] | None) -> int:
             usages[name] = Usage()
             found = rollout(model, m, prompts, o.samples, s, slots=o.slots, limits=limits, usage=usages[name])
             return sum(len(c.tokens) for c in found)
 
-        def by_vllm() -> int:
+        def by_vllm(limits: list[int] | None) -> int:
             from vllm import SamplingParams
 
             ids = [{"prompt_token_ids": p} for p in prompts for _ in range(o.samples)]
@@ -148,15 +149,17 @@ def main() -> None:
             options = [SamplingParams(max_tokens=n, ignore_eos=limits is not None, stop_token_ids=list(eos)) for n in most]
             return sum(len(r.outputs[0].token_ids) for r in engine.generate(ids, options, use_tqdm=False))
 
-        calls = {
-            "ours": lambda: ours("ours", matrices),
-            "base": lambda: ours("base", None),
-            "generate + PEFT": lambda: sum(generate(theirs, prompts, o.samples, s, limits)),
+        calls: dict[str, Callable[[list[int] | None], int]] = {
+            "ours": lambda limits: ours("ours", matrices, limits),
+            "base": lambda limits: ours("base", None, limits),
+            "generate + PEFT": lambda limits: sum(generate(theirs, prompts, o.samples, s, limits)),
             **({"vLLM, base model": by_vllm} if engine is not None else {}),
         }
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         tokens: dict[str, list[int]] = {name: [] for name in calls}
-        counted = Rounds(warm_up=1, most=o.busy)
+        for call in calls.values():
+            call([2] * count)  # warm-up
+        counted = Rounds(warm_up=0, most=o.busy)
         for turn in range(o.rounds):
             found = {}
             for i in range(len(calls)):
@@ -164,7 +167,7 @@ def main() -> None:
                 if gpu:
                     torch.cuda.synchronize()
                 began = time.perf_counter()
-                n = calls[name]()
+                n = calls[name](limits)
                 if gpu:
                     torch.cuda.synchronize()
                 found[name] = (time.perf_counter() - began, n)
@@ -179,7 +182,7 @@ def main() -> None:
         by_bytes, by_flop = floors(model, usage, mean, rates)
         floor = max(by_bytes, by_flop)
         with seconds_in([(Slots, "step"), (_Rollout, "_prefill")], o.device) as on_device:
-            whole, _ = timed(calls["ours"])
+            whole, _ = timed(lambda: calls["ours"](limits))
         host = 1 - on_device() / whole
 
     rate = {name: statistics.mean(tokens[name]) / statistics.median(seconds[name]) for name in calls}
