@@ -115,10 +115,10 @@ def narrow_product(x: Tensor, factor: Tensor) -> Tensor:
     return F.linear(x, factor) if x.shape[1] < ONEDNN_COLUMNS else onednn_linear(x, factor)
 
 
-def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T by oneDNN, where it is there for contiguous fp32 rows on a CPU; otherwise by `F.linear`."""
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias by oneDNN, where it is there for contiguous fp32 rows on a CPU; otherwise by `F.linear`."""
     takes = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and torch.backends.mkldnn.is_available()
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "") if takes else F.linear(x, weight)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") if takes else F.linear(x, weight, bias)
 
 
 def write_z(x: Tensor, width: int, c: Correction | None) -> None:

@@ -14,6 +14,7 @@ Rows without a pad get no correction in the forward: the attention's output, who
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinylora.kernels import dispatch
@@ -31,24 +32,35 @@ def linear_ref(x: Tensor, group: FrozenLinear) -> Tensor:
     return y + x[:, width : width + len(group.Bt)] @ group.Bt
 
 
-def _by_onednn(x: Tensor, w: Tensor) -> bool:
-    """Whether oneDNN multiplies rows of x by w (n, k): fp32 on a CPU, nothing between the rows, and sums it keeps exact enough.
+def _by_onednn(x: Tensor, columns: int) -> bool:
+    """Whether oneDNN multiplies rows like x, contracting so many columns: fp32 on a CPU, and sums that it keeps exact enough.
 
     Not a function of how many rows, on which no row's bits depend either, from two on; a Decoder's come in multiples of 8.
     """
-    native = x.is_cpu and x.dtype == torch.float32 and dispatch.backend("cpu") == "native"
-    return native and x.shape[1] == w.shape[1] <= CHAIN and x.is_contiguous()
+    return x.is_cpu and x.dtype == torch.float32 and dispatch.backend("cpu") == "native" and columns <= CHAIN
+
+
+def _pad(x: Tensor, group: FrozenLinear, columns: int) -> Tensor:
+    """x (T, K) as rows (T, columns) that carry no z, but a bias."""
+    K = x.shape[1]
+    x = F.pad(x, (0, columns - K))
+    if group.bias is not None and group.A is not None:
+        x[:, K + len(group.A)] = 1
+    return x
 
 
 def _forward(x: Tensor, group: FrozenLinear, c: Correction | None) -> Tensor:
     """The map of x (T, K) or (T, padded): (T, N), or with c (T, padded), the pad being anything."""
     (N, K), kind = group.weight.shape, dispatch.backend(x.device.type)
-    carries = x.shape[1] > K
-    if group.buffer is not None and kind in ("padded", "native", "cuda") and (carries or group.bias is None):
-        if _by_onednn(x, group.buffer):
-            return onednn_linear(x, group.buffer[:N] if c is None else group.buffer)
+    carries, buffer = x.shape[1] > K, group.buffer
+    if buffer is not None and _by_onednn(x, buffer.shape[1]):
+        bias = group.bias if buffer.shape[1] == K else None  # otherwise it lies in the buffer
+        if bias is None or c is None:
+            x = x if x.shape[1] == buffer.shape[1] else _pad(x, group, buffer.shape[1])
+            return onednn_linear(x, buffer[:N] if c is None else buffer, bias)
+    if buffer is not None and kind in ("padded", "native", "cuda") and (carries or group.bias is None):
         y = padded(len(x), N, c, x)
-        torch.mm(x, group.buffer[:N, : x.shape[1]].T, out=y[:, :N])
+        torch.mm(x, buffer[:N, : x.shape[1]].T, out=y[:, :N])
         return y
     y = padded(len(x), N, c, x)
     Bt = group.Bt if carries else None
@@ -66,8 +78,8 @@ def linear_backward(dy: Tensor, group: FrozenLinear, columns: int) -> Tensor:
     carries = dy.shape[1] > N
     if group.buffer is not None and kind in ("padded", "native", "cuda"):
         rows = group.buffer[: dy.shape[1]]
-        if columns == rows.shape[1] and _by_onednn(dy, rows.T):
-            return onednn_linear(dy, rows.T)
+        if _by_onednn(dy, len(rows)):
+            return onednn_linear(dy.contiguous(), rows.T)[:, :columns]
         dx = _rows(dy, columns)
         torch.mm(dy, rows[:, :K], out=dx[:, :K])
         return dx
