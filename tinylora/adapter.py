@@ -186,8 +186,7 @@ class Adapter:
     def __init__(self, model: Decoder, config: TinyLoRAConfig, parts: Parts | None = None) -> None:
         """`parts` are drawn from the config, unless they came with a file."""
         layers, self.config, self.model = len(model.layers), config, model
-        self.base = Base.of_decoder(model)
-        self.parts = parts or draw_parts(config, self.base)
+        self.parts = parts or draw_parts(config, Base.of_decoder(model))
         model.pack_factors(self.parts.factors)
 
         # One P and one group number per segment of every fused linear, in the model's order; absent segments are zero.
@@ -208,6 +207,11 @@ class Adapter:
         self._P = torch.stack(projections).to(model.device)  # (segments of all groups, u, r, r)
         self._group_of_segment = torch.tensor(group_of_segment, device=model.device)
         self.v = torch.zeros(self.parts.groups, config.u, device=model.device, requires_grad=True)  # the fp32 master
+
+    @property
+    def base(self) -> Base:
+        """Not kept: it would keep weights alive that `pack_factors` has moved."""
+        return Base.of_decoder(self.model)
 
     @property
     def group_of(self) -> dict[str, int]:

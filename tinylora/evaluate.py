@@ -17,7 +17,7 @@ from tinylora.files import write_text
 from tinylora.kernels import dispatch
 from tinylora.model import load_model
 from tinylora.model.decoder import Decoder
-from tinylora.model.loader import resolve_model
+from tinylora.model.loader import BUILTIN_MODELS, resolve_model
 from tinylora.rl.config import BUILTIN_PRESET, flag
 from tinylora.rl.evaluation import EVAL_SEED
 from tinylora.rl.grader_pool import GraderPool
@@ -49,14 +49,14 @@ class EvaluateConfig:
     evaluation goes on. The last line is one JSON object."""
 
     model: str = "builtin"
-    """Hugging Face directory or hub id; "builtin" comes with the package."""
+    """Hugging Face directory or hub id; "builtin" and "builtin-medium" come with the package."""
     adapter: str | None = None
     """A run's output directory, or its adapter/ or best/."""
     adapter_step: int | None = None
     """Score v as it was after this training step of the run in --adapter. Default: the saved adapter."""
     dataset: tuple[str, ...] = ()
     """One or several tasks: builtin, gsm8k, math, math500, aime24, amc23, minerva_math, olympiadbench, or any data with
-    columns "prompt" and "answer". Default: builtin for the built-in model, else gsm8k."""
+    columns "prompt" and "answer". Default: builtin for the built-in models, else gsm8k."""
     data: str | None = None
     """Local rows: a JSONL or parquet file, a save_to_disk folder, a folder with test.jsonl or test.parquet, or a folder of
     such folders named by task."""
@@ -260,7 +260,7 @@ def samples(task: str, rows: list[Row], text: Text, policies: dict[str, Scored])
 
 def main(arguments: list[str]) -> int:
     c = tyro.cli(EvaluateConfig, args=arguments, prog="python -m tinylora.evaluate")
-    names = c.dataset or (("builtin" if c.model == "builtin" else "gsm8k"),)
+    names = c.dataset or (("builtin" if c.model in BUILTIN_MODELS else "gsm8k"),)
     tasks = {name: load_task(name, None if name == "builtin" else c.data, c.prompt_style, ("test",)) for name in names}
     if empty := [name for name, task in tasks.items() if not task.test]:
         raise InputError(f"--dataset {empty[0]}: there are no test rows")

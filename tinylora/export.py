@@ -35,7 +35,7 @@ class ExportConfig:
     adapter: str
     """A run's output directory, its adapter/, a TINYLORA directory of PEFT, or a file of --to tiny."""
     model: str
-    """The base it was trained on: Hugging Face directory or hub id; "builtin" comes with the package."""
+    """The base it was trained on: Hugging Face directory or hub id; "builtin" and "builtin-medium" come with the package."""
     to: Literal["peft", "lora", "merged", "tiny"]
     """The form."""
     output: str

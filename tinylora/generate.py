@@ -24,7 +24,7 @@ class GenerateConfig:
     --raw a prompt is taken as it stands instead of as a user's message."""
 
     model: str = "builtin"
-    """Hugging Face directory or hub id; "builtin" comes with the package."""
+    """Hugging Face directory or hub id; "builtin" and "builtin-medium" come with the package."""
     adapter: tuple[str, ...] = ()
     """Run directories or their adapter/: none is the base model, one is for every prompt, as many as prompts is one each."""
     prompt: tuple[str, ...] = ()

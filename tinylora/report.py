@@ -218,13 +218,14 @@ def greedy_answers(path: Path, settings: Row) -> list[tuple[str, str, list[tuple
     from tinylora.evaluate import EvaluateConfig, answer
     from tinylora.model import load_model
     from tinylora.model.decoder import Decoder
+    from tinylora.model.loader import BUILTIN_MODELS
     from tinylora.rl.grader_pool import GraderPool
     from tinylora.rl.rewards import Grader
     from tinylora.rl.tasks import load_task
     from tinylora.rl.text import Text, fitting_rows
 
     base, data, method = settings["model"], settings["dataset"], settings.get("method")
-    if base != "builtin" and not Path(base).is_dir():
+    if base not in BUILTIN_MODELS and not Path(base).is_dir():
         raise InputError(f"the base {base} is no directory here, and a report downloads nothing")
     if data != "builtin" and settings["data"] is None:
         raise InputError(f"the dataset {data} is not local, and a report downloads nothing")

@@ -15,13 +15,14 @@ from tinylora.model.config import ModelConfig
 from tinylora.model.decoder import GROUPS, Decoder, Layer, module_name
 
 BUILTIN = Path(__file__).parent.parent / "demo" / "base"
+BUILTIN_MODELS = {"builtin": BUILTIN, "builtin-medium": BUILTIN.with_name("base-medium")}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def resolve_model(path_or_id: str, weights: bool = True) -> Path:
-    """A local directory for a path, a hub id, or "builtin". InputError where there is none. weights False: all but those."""
-    if path_or_id == "builtin":
-        return BUILTIN
+    """A local directory for a path, a hub id, or a built-in model. InputError where there is none. weights False: all but those."""
+    if path_or_id in BUILTIN_MODELS:
+        return BUILTIN_MODELS[path_or_id]
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         return path
@@ -37,7 +38,7 @@ def resolve_model(path_or_id: str, weights: bool = True) -> Path:
 
 
 def load_model(path_or_id: str, device: str = "auto", dtype: str = "auto") -> Decoder:
-    """A frozen Decoder from a directory or hub id ("builtin": the model that comes with the package).
+    """A frozen Decoder from a directory or hub id ("builtin", "builtin-medium": the models that come with the package).
 
     device "auto" is CUDA where there is one; dtype "auto" is the checkpoint's on CUDA and float32 on a CPU.
     InputError for a missing directory, an unsupported architecture, a broken or missing file, a missing or misshapen tensor.
@@ -69,7 +70,6 @@ class _Checkpoint:
                     self.files = dict.fromkeys(file.keys(), "model.safetensors")
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"{directory}: no readable model.safetensors (or its index): {error}") from None
-        self._open: dict[str, safe_open] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """The tensor, on the device in the dtype asked for."""
@@ -77,15 +77,14 @@ class _Checkpoint:
             raise InputError(f"{self.directory}: the checkpoint has no tensor {name}")
         path = self.directory / self.files[name]
         try:
-            if path.name not in self._open:
-                self._open[path.name] = safe_open(path, "pt")
-            tensor = self._open[path.name].get_tensor(name)
+            with safe_open(path, "pt") as file:  # for one tensor: an open file keeps every page in memory that was read
+                tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} cannot be read ({error}); download it again") from None
         if tuple(tensor.shape) != shape:
             raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, its config.json says {shape}")
         self.digests[name] = content_hash(tensor)
-        return tensor.to(self.device, self.dtype)
+        return tensor.to(self.device, self.dtype, copy=True)  # or it would keep the file's pages too
 
 
 def content_hash(tensor: Tensor) -> str:

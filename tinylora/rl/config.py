@@ -8,6 +8,7 @@ import tyro
 from tinylora.adapter import TinyLoRAConfig
 from tinylora.errors import InputError
 from tinylora.model.decoder import PROJECTIONS
+from tinylora.model.loader import BUILTIN_MODELS
 from tinylora.rl.prompts import PromptStyle
 from tinylora.rl.tasks import KNOWN
 
@@ -34,7 +35,7 @@ BUILTIN_LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 
 def preset(model: str = "builtin", method: str = "tinylora", algorithm: str = "grpo") -> dict[str, Any]:
     """These three, and the defaults of a run with them where they are not TrainConfig's own."""
-    builtin = model == "builtin"
+    builtin = model in BUILTIN_MODELS
     settings = {**(BUILTIN_PRESET if builtin else {}), "model": model, "method": method, "algorithm": algorithm}
     rates = BUILTIN_LEARNING_RATES if builtin else LEARNING_RATES
     if method in rates:
@@ -53,7 +54,8 @@ class TrainConfig:
     --config FILE.toml gives settings by these names; flags win over it."""
 
     model: str = "builtin"
-    """Hugging Face directory or hub id of a Qwen2/2.5, Qwen3 or Llama 3.x model; "builtin" comes with the package."""
+    """Hugging Face directory or hub id of a Qwen2/2.5, Qwen3 or Llama 3.x model; "builtin" and "builtin-medium"
+    come with the package."""
     dataset: str = "gsm8k"
     """The task: builtin, gsm8k, math (levels 3-5); or any data with a column "prompt": a hub id, or any name with --data."""
     data: str | None = None

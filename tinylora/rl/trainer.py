@@ -24,6 +24,7 @@ from tinylora.errors import InputError
 from tinylora.files import write_text
 from tinylora.model import load_model
 from tinylora.model.decoder import Decoder, Matrices
+from tinylora.model.loader import BUILTIN_MODELS
 from tinylora.rl.baselines import Baseline
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.consistency import fix_capacity
@@ -86,7 +87,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.policy.named_parameters().values(), lr=config.learning_rate)
         self.step, self.num_tokens = 0, 0
         self.stop = False
-        name = f"{self.model.path.name if config.model != 'builtin' else 'builtin'}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"{config.model if config.model in BUILTIN_MODELS else self.model.path.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         about = {
             "settings": dataclasses.asdict(config),
             "num_parameters": self.policy.num_parameters,
