@@ -36,7 +36,7 @@ def sample_ref(logits: Tensor, temperature: float, top_p: float, top_k: int, u: 
         tokens = logits.argmax(-1)
     else:
         cdf = _truncate(logp.exp(), top_p, top_k).cumsum(-1)  # (T, vocab)
-        total = cdf[:, -1:]  # (T, 1)
+        total = cdf[:, -1:].contiguous()  # (T, 1)
         tokens = torch.searchsorted(cdf, u.to(cdf.dtype)[:, None] * total, right=True).squeeze(1)
         # u * total may round up to total; the last token with any mass is then the one.
         tokens = torch.minimum(tokens, torch.searchsorted(cdf, total).squeeze(1))

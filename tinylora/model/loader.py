@@ -20,7 +20,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def resolve_model(path_or_id: str, weights: bool = True) -> Path:
-    """A local directory: a path, a hub id, or a built-in model. InputError where there is none. weights False: all but those."""
+    """A local directory of a path, a hub id or a built-in model. InputError if there is none. weights False: all but those."""
     if path_or_id in BUILTIN_MODELS:
         return BUILTIN_MODELS[path_or_id]
     path = Path(path_or_id).expanduser()
