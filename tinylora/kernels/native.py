@@ -5,6 +5,7 @@ cache under a hash of source, flags, compiler and processor. Threads are PyTorch
 and finds the one that PyTorch has loaded.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -31,6 +32,7 @@ SOURCE = Path(__file__).parent.parent / "csrc" / "cpu.c"
 # Vectors are written out. Left to the compiler, a loop has several paths, and a row's bits may depend on which it takes.
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-tree-vectorize", "-fno-math-errno", "-fopenmp", "-fPIC")
 MOST = 512  # columns of a correction, as the source knows too
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 PARALLEL = 4096  # numbers from which threads pay
 TYPES = {"l64": ctypes.c_int64, "float": ctypes.c_float}
 
@@ -95,6 +97,18 @@ def functions() -> dict[str, Any]:
         function = found[name] = getattr(library, name)
         function.argtypes, function.restype = kinds, None
     return found
+
+
+@cache
+def keep_memory() -> None:
+    """From now on this process keeps the memory that it frees, for what it allocates next; glibc's alone, elsewhere nothing.
+
+    glibc gives large blocks back to the system, and gets the next ones page by page: half the time of 2,048 sequences' rollout.
+    """
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**30)  # of larger blocks a cache's untouched parts should take no room
 
 
 def call(name: str, work: int, *arguments: Any) -> None:

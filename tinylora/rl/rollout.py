@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tinylora.errors import InputError
+from tinylora.kernels import native
 from tinylora.kernels.frozen_linear import NARROW
 from tinylora.kernels.sampling import uniforms
 from tinylora.model.decoder import Decoder, KVCache, Matrices
@@ -113,6 +114,8 @@ class _Rollout:
         """Scheduler, cache and slots. Without pages a slot's cells are as long as any sequence, and only what is written
         takes memory."""
         model, kind = self.model, self.model.device.type
+        if kind == "cpu":
+            native.keep_memory()
         length, longest = self.sampling.max_completion_length, max(map(len, self.prompts)) - 1
         capacity = longest + length + -(longest + length) % NARROW
         if model.capacity is not None:
