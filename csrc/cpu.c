@@ -370,28 +370,51 @@ static void weighted_sum(const float *p, const Run *runs, l64 count, int of_keys
 
 static l64 room_for(l64 keys) { return keys / 8 * 8 + 16; } /* with what `products` writes beyond */
 
-/* One query a slot against its pages; table NULL: slot i owns page i. */
+typedef struct {
+    const float *keys, *values; /* (pages, kv_heads, page_size, D) */
+    const l64 *position;        /* (slots,) */
+    const int32_t *table;       /* (slots, most); NULL: slot i owns page i */
+    l64 most, page_size, kv_heads, D;
+} Cache;
+
+/* The runs of a slot's pages in one kv head; returns how many. */
+INLINE l64 cells(const Cache *c, l64 slot, l64 h, Run *runs) {
+    l64 left = c->position[slot] + 1, count = 0, D = c->D;
+    for (; left > 0; left -= c->page_size, count++) {
+        l64 page = c->table ? c->table[slot * c->most + count] : slot, at = (page * c->kv_heads + h) * c->page_size * D;
+        runs[count] = (Run){c->keys + at, c->values + at, 0, 0, least(left, c->page_size), D, D, 0};
+    }
+    return count;
+}
+
+INLINE void fetch(const float *p, l64 n) {
+    for (l64 i = 0; i < n; i += 16) __builtin_prefetch(p + i);
+}
+
+/* One query a slot against its pages. The keys of one head after another are too short for the processor to see them come, so
+   values are asked for before this head's keys are read, and the next head's keys too. */
 void decode_attention(l64 slots, l64 heads, l64 kv_heads, l64 D, const float *q, const float *keys, const float *values,
                       const l64 *position, const int32_t *table, l64 most, l64 page_size, float *out, l64 threads) {
+    const Cache c = {keys, values, position, table, most, page_size, kv_heads, D};
     l64 share = heads / kv_heads, room = room_for((table ? most : 1) * page_size), longest = table ? most : 1;
 #pragma omp parallel num_threads(threads)
     {
         float *p = malloc(share * room * sizeof(float));
-        Run *runs = malloc(longest * sizeof(Run));
+        Run *runs = malloc(longest * sizeof(Run)), *next = malloc(longest * sizeof(Run));
 #pragma omp for schedule(dynamic, 16)
         for (l64 slot = 0; slot < slots; slot++)
             for (l64 h = 0; h < kv_heads; h++) {
-                l64 left = position[slot] + 1, count = 0;
-                for (; left > 0; left -= page_size, count++) {
-                    l64 page = table ? table[slot * most + count] : slot, at = (page * kv_heads + h) * page_size * D;
-                    runs[count] = (Run){keys + at, values + at, 0, 0, least(left, page_size), D, D, 0};
-                }
+                l64 count = cells(&c, slot, h, runs), last = h + 1 == kv_heads;
+                for (l64 i = 0; i < count; i++) fetch(runs[i].v, runs[i].n * D);
+                if (!last || slot + 1 < slots)
+                    for (l64 i = cells(&c, slot + last, last ? 0 : h + 1, next); i-- > 0;) fetch(next[i].k, next[i].n * D);
                 l64 first = (slot * heads + h * share) * D;
                 probabilities(q + first, D, share, D, runs, count, p, room);
                 for (l64 s = 0; s < share; s++) weighted_sum(p + s * room, runs, count, 0, D, out + first + s * D);
             }
         free(p);
         free(runs);
+        free(next);
     }
 }
 

@@ -40,7 +40,7 @@ FAULTS = [
     ("store(out + k, a * c + b * s);", "store(out + k, a * c - b * s);", "rope"),
     ("a = a * scale * load(w + k)", "a = a * load(w + k)", "rope"),
     ("at / page_size] : row", "0] : row", "decode_attention"),
-    ("least(left, page_size)", "page_size", "decode_attention"),
+    ("least(left, c->page_size)", "c->page_size", "decode_attention"),
     ("ps[j] = -INFINITY;", "ps[j] = 0.0f;", "decode_attention"),
     ("(load(dp + j) - delta) * scale", "load(dp + j) * scale", "packed_attention"),
     ("i ? place + 1 : a->length[from[i]]", "i ? place + 1 : 1", "packed_attention"),
