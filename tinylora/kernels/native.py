@@ -108,7 +108,7 @@ def keep_memory() -> None:
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_THRESHOLD, 2**30)  # of larger blocks a cache's untouched parts should take no room
+        mallopt(M_MMAP_THRESHOLD, 2**26)  # of larger blocks, caches, only what is used is to take room
 
 
 def call(name: str, work: int, *arguments: Any) -> None:

@@ -81,9 +81,20 @@ class KVCache:
     step then gathers pages.
     """
 
-    def __init__(self, config: ModelConfig, pages: int, page_size: int, like: Tensor, slots: int = 0, longest: int = 0) -> None:
-        shape = (config.num_layers, pages + (slots > 0), config.num_kv_heads, page_size, config.head_dim)
-        self.keys, self.values = lazy_zeros(shape, like), lazy_zeros(shape, like)
+    def __init__(
+        self,
+        config: ModelConfig,
+        pages: int,
+        page_size: int,
+        like: Tensor,
+        slots: int = 0,
+        longest: int = 0,
+        kept: Tensor | None = None,  # the room of a cache before, which is taken where it is enough
+    ) -> None:
+        shape = (2, config.num_layers, pages + (slots > 0), config.num_kv_heads, page_size, config.head_dim)
+        size = math.prod(shape)
+        self.room = kept if kept is not None and len(kept) >= size else lazy_zeros(size, like)  # (elements,)
+        self.keys, self.values = self.room[:size].view(shape)
         self.page_size = page_size
         self.table: Tensor | None = None
         if slots:  # (slots, most pages of a sequence)
@@ -124,12 +135,11 @@ class KVCache:
                 cells[:, target, :, :longest] = cells[:, source, :, :longest]
 
 
-def lazy_zeros(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Zeros of like's dtype and device; on a CPU memory that takes no room until it is written."""
+def lazy_zeros(size: int, like: Tensor) -> Tensor:
+    """Zeros (size,) of like's dtype and device; on a CPU memory that takes no room until it is written."""
     if like.device.type != "cpu":
-        return like.new_zeros(shape)
-    count = math.prod(shape) * like.element_size()
-    return torch.from_numpy(np.zeros(count, np.uint8)).view(like.dtype).view(*shape)
+        return like.new_zeros(size)
+    return torch.from_numpy(np.zeros(size * like.element_size(), np.uint8)).view(like.dtype)
 
 
 class _Gather(torch.autograd.Function):
@@ -165,9 +175,9 @@ class Decoder:
         self.config, self.embedding, self.layers, self.norm, self.head = config, embedding, layers, norm, head
         self.digests, self.path = digests, path
         self.frequencies = rope_frequencies(config).to(embedding.device)
-        self.kept_slots: Any = (
-            None  # on a GPU, what a rollout leaves for the next: (what they are for, slots with their graphs)
-        )
+        # What a rollout leaves for the next: on a GPU (what they are for, slots with their graphs), on a CPU its cache's room.
+        self.kept_slots: Any = None
+        self.kept_room: Tensor | None = None
         self.capacity: int | None = None  # keys that every attention covers, for `--exact`; None: as many as it needs
 
     @property

@@ -149,10 +149,9 @@ class _Rollout:
             slots.set_matrices(self.matrices)
             return slots
         model.kept_slots = None  # the old cache goes before the new one comes
-        pages, size, table_rows, longest = shape
-        slots = Slots(
-            model, sampling, rows, KVCache(model.config, pages, size, model.embedding, table_rows, longest), self.adapters
-        )
+        room, model.kept_room = model.kept_room, None
+        cache = KVCache(model.config, *shape[:2], model.embedding, *shape[2:], room)
+        slots = Slots(model, sampling, rows, cache, self.adapters)
         slots.set_matrices(self.matrices)
         if model.device.type == "cuda":
             slots.capture(self.buckets)
@@ -192,6 +191,8 @@ class _Rollout:
             s.advance(burst)
             usage.steps, usage.rows = usage.steps + burst, usage.rows + burst * bucket
             changed = self._look(bucket, results, watch, on_completion)
+        if self.model.device.type == "cpu":
+            self.model.kept_room = self.cache.room
         usage.tokens += sum(len(c.tokens) for c in results.values())
         return [results[i] for i in range(len(self.prompts) * self.generations)]
 
