@@ -16,6 +16,8 @@ from unittest.mock import patch
 
 import torch
 
+from tinylora.kernels.correction import onednn_linear
+
 ROUND_SECONDS = 0.25  # least length of a CPU round: the kernel tells who used the cores in ticks of 10 ms
 
 
@@ -57,9 +59,10 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def gemm_rate(size: int = 1024, repeats: int = 5, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a square matrix product on random data: the rate of the floors. Best of `repeats`."""
+    """FLOP/s of a square matrix product on random data: the rate of the floors. Best of `repeats`, and on a CPU of two libraries."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(call_seconds(lambda _: a @ b, 0, 1, device) for _ in range(repeats))
+    products = (lambda _: a @ b, lambda _: onednn_linear(a, b))
+    return 2 * size**3 / min(call_seconds(call, 0, 1, device) for call in products for _ in range(repeats))
 
 
 def copy_rate(bytes_: int = 1 << 26, repeats: int = 5, device: str = "cpu") -> float:

@@ -95,6 +95,7 @@ def test_an_arm_is_the_run_of_its_settings(tmp_path):
     files = [p / "adapter" / "adapter_model.safetensors" for p in (tmp_path / "alone", out / "runs" / "es" / "seed-0")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert json.loads((out / "study.json").read_text())["quick"] and len(results(out)) == 3
+    assert not (out / "choice").exists() and {r["settings"]["learning_rate"] for r in results(out)[:2]} == {0.0}
 
 
 @pytest.mark.parametrize(

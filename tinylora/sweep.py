@@ -11,7 +11,7 @@
     u = [1, 13]
     [arms.choose]               settings chosen on held-out training rows, by runs with other seeds; never on the test problems
     learning_rate = [0.003, 0.01]
-    [quick]                     what --quick changes: seeds, and settings of every run
+    [quick]                     what --quick changes: seeds, and settings of every run. It chooses nothing: first values stand
 
 Runs of an arm go through the engine together where they can (`rl.population`), arms beside each other in processes of their
 own. What is finished stays finished: the same command goes on where it was stopped.
@@ -84,6 +84,8 @@ def read_study(path: Path, quick: bool) -> Study:
         seeds = faster.pop("seeds", seeds)
         shared |= faster
     arms = [arm for table_ in raw.get("arms", []) for arm in _arms(path, table_, shared)]
+    if quick:
+        arms = [replace(a, settings=a.settings | {k: v[0] for k, v in a.choose.items()}, choose={}) for a in arms]
     if not arms:
         raise InputError(f"{path}: a study needs at least one [[arms]]")
     twice = [a.name for i, a in enumerate(arms) if a.folder in {b.folder for b in arms[:i]}]
