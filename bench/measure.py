@@ -59,7 +59,7 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def gemm_rate(size: int = 1024, repeats: int = 5, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a square matrix product on random data: the rate of the floors. Best of `repeats`, on a CPU by two libraries."""
+    """FLOP/s of a square product on random data: the rate of the floors. Best of `repeats`, on a CPU of two libraries'."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     products = (lambda _: a @ b, lambda _: onednn_linear(a, b))
     return 2 * size**3 / min(call_seconds(call, 0, 1, device) for call in products for _ in range(repeats))

@@ -112,9 +112,19 @@ def layers_table(result: Result) -> str:
     return markdown([title, "ms", "x bare", "peak extra MB"], rows)
 
 
+def population_table(result: Result) -> str:
+    bars = {"rollout, together / solo": "0.6", "rollout, an adapter for each row / one": "1.1", "step, together / solo": "0.85"}
+    rows = [
+        [name, f"{ratio:.2f}", f"at most {bars[name]}" if name in bars else "at least 1.3"]
+        for name, ratio in result["ratios"].items()
+    ]
+    return markdown([f"{result['members']} adapters that train together, builtin, 16 x 8 each", "ratio", "wanted"], rows)
+
+
 WRITERS = {
     "step": step_table,
     "rollout": rollout_table,
+    "population": population_table,
     "memory": memory_line,
     "layers": layers_table,
     "ops": ops_tables,

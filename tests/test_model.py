@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 
+from tinylora.demo.problems import problems
 from tinylora.errors import InputError
 from tinylora.model import load_model
+from tinylora.model.loader import BUILTIN_MODELS
 from tinylora.rl.rollout import Sampling, rollout
+from tinylora.rl.text import Text
 
 LLAMA31 = {
     "rope_type": "llama3",
@@ -154,3 +157,16 @@ def test_missing_directory(path):
 def test_dtype_is_checked(tiny_model):
     with pytest.raises(InputError, match="--dtype int8"):
         load_model(str(tiny_model("qwen2")), dtype="int8")
+
+
+@pytest.mark.parametrize("name", BUILTIN_MODELS)
+def test_a_built_in_base_can_solve_its_task(name):
+    """A careful answer to a test problem, once begun, is completed with probability 0.9 or more (in the geometric mean)."""
+    model, text, total = load_model(name, "cpu"), Text(BUILTIN_MODELS[name]), 0.0
+    for problem, _ in zip(problems("test", 5), range(64), strict=False):
+        prompt = text.prompt([{"role": "user", "content": problem.question}])
+        answer = text.tokenizer(problem.careful)["input_ids"] + [*text.eos_ids]
+        logp = model.logits(torch.tensor([prompt + answer])).log_softmax(-1)[0]
+        places = torch.arange(len(prompt), len(prompt) + len(answer) - 1)
+        total -= logp[places, torch.tensor(answer[1:])].sum().item()
+    assert total / 64 < 0.105

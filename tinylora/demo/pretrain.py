@@ -1,4 +1,4 @@
-"""Rebuild the built-in base model, or a larger one by the same recipe: python -m tinylora.demo.pretrain --output-dir DIR
+"""Rebuild a built-in base model, or a larger one by the same recipe: python -m tinylora.demo.pretrain --output-dir DIR
 
 A Qwen2 of 0.8 M parameters (2.7 M and 6.3 M with --size) learns the problems of `problems.py`, 40 % of them answered carefully
 and 60 % hastily, with the loss on the answer alone. It ends up able to solve them and usually not doing so. Pretraining trains
@@ -106,7 +106,9 @@ def pretrain(
     steps: Annotated[int, tyro.conf.arg(help="optimizer steps")] = 6000,
     batch_size: Annotated[int, tyro.conf.arg(help="examples per step")] = 64,
     learning_rate: Annotated[float, tyro.conf.arg(help="AdamW peak, with linear warm-up and decay to zero")] = 3e-3,
-    size: Annotated[Literal["small", "medium", "large"], tyro.conf.arg(help="small is the one that comes along")] = "small",
+    size: Annotated[
+        Literal["small", "medium", "large"], tyro.conf.arg(help="small is --model builtin, medium builtin-medium")
+    ] = "small",
     seed: Annotated[int, tyro.conf.arg(help="of the weights and the examples")] = 0,
 ) -> None:
     """Pretrain a base model on the CPU and write it to --output-dir, for --model DIR --dataset builtin. All steps of small take
