@@ -176,6 +176,7 @@ def test_sampling_edges():
     logits = torch.tensor([[0.0, 3.0, 1.0, -torch.inf]])
     one = torch.tensor([1 - 2.0**-53])
     assert sample(logits, 1.0, 1.0, 0, torch.zeros(1))[0].item() == 0
+    assert sample(logits.flip(1), 1.0, 1.0, 0, torch.zeros(1))[0].item() == 1, "nor where u is 0 and it comes first"
     assert sample(logits, 1.0, 1.0, 0, one)[0].item() == 2, "the last token with any mass, never the impossible one"
     assert sample(logits, 0.0, 1.0, 0, one)[0].item() == 1, "temperature 0 is greedy"
     u = uniforms(1, torch.arange(4000), 1)[:, 0]

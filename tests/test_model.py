@@ -1,10 +1,14 @@
 """The decoder against transformers with the same random weights, and what it refuses to load."""
 
+import gc
 import json
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
+from tinylora.adapter import Adapter, TinyLoRAConfig
 from tinylora.demo.problems import problems
 from tinylora.errors import InputError
 from tinylora.model import load_model
@@ -170,3 +174,13 @@ def test_a_built_in_base_can_solve_its_task(name):
         places = torch.arange(len(prompt), len(prompt) + len(answer) - 1)
         total -= logp[places, torch.tensor(answer[1:])].sum().item()
     assert total / 64 < 0.105
+
+
+def test_neither_the_file_nor_moved_weights_are_kept(tiny_model):
+    path = tiny_model("qwen2")
+    model = load_model(str(path), "cpu", "float32")
+    assert str(path) not in Path("/proc/self/maps").read_text(), "one tensor of the mapped file keeps all of it in memory"
+    buffers = [weakref.ref(g.buffer) for layer in model.layers for g in layer.groups]
+    adapter = Adapter(model, TinyLoRAConfig())
+    gc.collect()
+    assert adapter.base.weights and not any(b() is not None for b in buffers)

@@ -167,3 +167,15 @@ def test_a_large_vocabulary(tiny_model):
     with torch.no_grad():
         logp, _ = score(adapter, adapter.matrices(), [p for p in PROMPTS for _ in range(4)], whole, range(len(whole)), 1.0)
     torch.testing.assert_close(logp, torch.tensor([x for c in whole for x in c.logprobs]), rtol=0, atol=1e-5)
+
+
+def test_the_caches_room_stays_for_the_next_rollout(adapted):
+    """A second call writes over the first one's cache, a smaller one into a part of it, and both sample what they would."""
+    model, _, matrices = adapted
+    first = rollout(model, matrices, PROMPTS, 4, SAMPLING)
+    room = model.kept_room.data_ptr()
+    same(first, rollout(model, matrices, PROMPTS, 4, SAMPLING))
+    same(first[:4], rollout(model, matrices, PROMPTS[:1], 4, SAMPLING))
+    assert model.kept_room.data_ptr() == room
+    rollout(model, matrices, PROMPTS, 8, SAMPLING)
+    assert model.kept_room.data_ptr() != room, "a larger one needs more"

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from tinylora.kernels import add_norm, rope, shrink, swiglu
-from tinylora.kernels.correction import Correction, padded_width, row_config, row_stride
+from tinylora.kernels import linear as linear_module
+from tinylora.kernels.correction import CHAIN, Correction, padded, padded_width, row_config, row_stride
 from tinylora.kernels.frozen_linear import FrozenLinear
 from tinylora.kernels.fused_linear import config as linear_config
 from tinylora.kernels.linear import linear, linear_ref
 from tinylora.kernels.rms_norm import rms_norm_ref
+from tinylora.kernels.self_check import rms
 
 T = 24  # a multiple of 8, as every plain op gets it
 
@@ -176,6 +178,65 @@ def test_linear(backend, bias, r, monkeypatch):
     torch.testing.assert_close(linear(dense, group, c)[:, :40], linear(dense, group, None))
     (dx,) = torch.autograd.grad(linear(dense, group, None), dense, dy[:, :40].contiguous())
     torch.testing.assert_close(dx, dy[:, :40] @ group.weight)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The native backend, and how often oneDNN was asked for a product."""
+    monkeypatch.setenv("TINYLORA_BACKEND", "native")
+    calls, onednn = [], linear_module.onednn_linear
+
+    def counted(x, w, bias=None):
+        calls.append(x.shape)
+        return onednn(x, w, bias)
+
+    monkeypatch.setattr(linear_module, "onednn_linear", counted)
+    return calls
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("carries", [False, True])
+def test_products_by_onednn(products, bias, carries):
+    """y and dx in fp32, adapter on and off: error at most twice the plain formula's, and a row's bits the same in any batch."""
+    randn, sizes, rows, K, N = draw(3), [24, 8, 8], 200, 56, 40
+    group = FrozenLinear.empty(N, K, bias, torch.float32, torch.device("cpu"), carries)
+    group.weight.copy_(randn(N, K))
+    if bias:
+        group.bias.copy_(randn(N))
+    group.pack([(randn(2, K), randn(n, 2)) for n in sizes], sizes)
+    c = Correction(group.A, group.Bt, randn(1, 3, 2, 2).float())
+    x = padded(rows, K, c, group.weight) if carries else group.weight.new_empty(rows, K)
+    x[:, :K] = randn(rows, K)
+    if carries:
+        x[:, K : K + 6], x[:, K + 6 :], x[:, K + 6] = randn(rows, 6), 0, 1
+    dy = padded(rows, N, c, group.weight)
+    dy[:, :N], dy[:, N : N + 6], dy[:, N + 6 :] = randn(rows, N), randn(rows, 6), 0
+
+    def formula(dtype):
+        W, A, Bt, x_, dy_ = (t.to(dtype) for t in (group.weight, group.A, group.Bt, x, dy))
+        off = x_[:, :K] @ W.T + (group.bias.to(dtype) if bias else 0)
+        on = off + x_[:, K : K + 6] @ Bt if carries else off
+        return on, off, dy_[:, :N] @ W + dy_[:, N : N + 6] @ A
+
+    leaf = x.clone().requires_grad_()
+    y = linear(leaf, group, c)
+    (dx,) = torch.autograd.grad(y, leaf, dy)
+    with torch.no_grad():
+        off = linear(x[:, :K].contiguous(), group, None)
+        for some in (slice(0, 8), slice(3, 27), slice(100, 164)):
+            assert torch.equal(linear(x[some], group, c), y[some, :N])
+    assert len(products) == 6 - (bias and not carries), "a padded y has no room for a bias that x does not carry"
+    for ours, plain, exact in zip((y[:, :N], off, dx[:, :K]), formula(torch.float32), formula(torch.float64), strict=True):
+        assert rms(ours.detach().double() - exact) <= 2 * rms(plain.double() - exact)
+
+
+def test_long_sums_are_not_onednns(products):
+    for K, called in ((CHAIN, 1), (CHAIN + 16, 0)):
+        group = FrozenLinear.empty(8, K, False, torch.float32, torch.device("cpu"))
+        group.weight.zero_()
+        linear(torch.zeros(8, K), group, None)
+        assert len(products) == called
+        products.clear()
 
 
 def test_repacking_leaves_nothing_of_the_adapter_before(monkeypatch):
