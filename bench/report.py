@@ -95,11 +95,10 @@ def rollout_table(result: Result) -> str:
 
 
 def memory_line(result: Result) -> str:
-    ours, trl = (result["found"][name] for name in ("ours", "trl"))
+    ours, trl = (result["found"][name]["peak"] for name in ("ours", "trl"))
     return (
-        f"Peak memory of one step at {result['model']} shapes, 8 completions: {ours['peak']:.1f} GB, of which "
-        f"{ours['peak'] - ours['before']:.1f} GB are the step's; TRL {trl['peak']:.1f} GB and "
-        f"{trl['peak'] - trl['before']:.1f} GB."
+        f"Peak memory of a process that loads {result['model']} and makes one step of 8 completions: {ours:.1f} GB, "
+        f"with TRL and PEFT {trl:.1f} GB: {ours / trl:.2f} of it."
     )
 
 
