@@ -195,7 +195,7 @@ def _engine(name: str, group: FrozenLinear, M: Tensor, x: Tensor, dy: Tensor) ->
 
     def backward(_: Tensor) -> Tensor:
         with _backend(name):
-            return linear_backward(dy_, group, x_.shape[1])
+            return linear_backward(dy_, group, x_.shape[1])[:, :K]
 
     return Contender(forward, backward=backward)
 
