@@ -102,8 +102,12 @@ def padded(rows: int, width: int, correction: Correction | None, like: Tensor) -
     """Uninitialised rows with room for a correction; without one, plain rows of `width`."""
     if correction is None:
         return like.new_empty(rows, width)
-    columns = padded_width(width, correction.rank)
-    return like.new_empty(rows, columns if like.is_cpu else row_stride(width, correction.rank))[:, :columns]
+    return empty_rows(rows, padded_width(width, correction.rank), like)
+
+
+def empty_rows(rows: int, columns: int, like: Tensor) -> Tensor:  # (rows, columns)
+    """Uninitialised rows, one after another on a CPU, on a GPU at a stride of whole cache lines."""
+    return like.new_empty(rows, columns if like.is_cpu else -(-columns // 64) * 64)[:, :columns]
 
 
 def narrow_product(x: Tensor, factor: Tensor) -> Tensor:

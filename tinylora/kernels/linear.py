@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinylora.kernels import dispatch
-from tinylora.kernels.correction import CHAIN, Correction, onednn_linear, padded
+from tinylora.kernels.correction import CHAIN, Correction, empty_rows, onednn_linear, padded
 from tinylora.kernels.frozen_linear import FrozenLinear, two_products
 from tinylora.kernels.fused_linear import fused_linear
 
@@ -58,11 +58,10 @@ def _forward(x: Tensor, group: FrozenLinear, c: Correction | None) -> Tensor:
         if bias is None or c is None:
             x = x if x.shape[1] == buffer.shape[1] else _pad(x, group, buffer.shape[1])
             return onednn_linear(x, buffer[:N] if c is None else buffer, bias)
+    y = padded(len(x), N, c, x)
     if buffer is not None and kind in ("padded", "native", "cuda") and (carries or group.bias is None):
-        y = padded(len(x), N, c, x)
         torch.mm(x, buffer[:N, : x.shape[1]].T, out=y[:, :N])
         return y
-    y = padded(len(x), N, c, x)
     Bt = group.Bt if carries else None
     z = None if Bt is None else x[:, K : K + len(Bt)]
     if kind == "triton" and dispatch.runs_triton("fused_linear", x):
@@ -75,15 +74,13 @@ def _forward(x: Tensor, group: FrozenLinear, c: Correction | None) -> Tensor:
 def linear_backward(dy: Tensor, group: FrozenLinear, columns: int) -> Tensor:
     """dx (T, columns): the transposed map of dy (T, N) or (T, padded). `columns` are x's, and those beyond K are anything."""
     (N, K), kind = group.weight.shape, dispatch.backend(dy.device.type)
-    carries = dy.shape[1] > N
-    if group.buffer is not None and kind in ("padded", "native", "cuda"):
-        rows = group.buffer[: dy.shape[1]]
-        if _by_onednn(dy, len(rows)):
-            return onednn_linear(dy.contiguous(), rows.T)[:, :columns]
-        dx = _rows(dy, columns)
+    carries, rows = dy.shape[1] > N, None if group.buffer is None else group.buffer[: dy.shape[1]]
+    if rows is not None and _by_onednn(dy, len(rows)):
+        return onednn_linear(dy.contiguous(), rows.T)[:, :columns]
+    dx = empty_rows(len(dy), columns, dy)
+    if rows is not None and kind in ("padded", "native", "cuda"):
         torch.mm(dy, rows[:, :K], out=dx[:, :K])
         return dx
-    dx = _rows(dy, columns)
     A = group.A if carries else None
     sM = None if A is None else dy[:, N : N + len(A)]
     if kind == "triton" and dispatch.runs_triton("fused_linear", dy):
@@ -91,12 +88,6 @@ def linear_backward(dy: Tensor, group: FrozenLinear, columns: int) -> Tensor:
     else:
         two_products(dy[:, :N], sM, group.weight.T, A, None, dx[:, :K])
     return dx
-
-
-def _rows(like: Tensor, columns: int) -> Tensor:
-    """Uninitialised rows, at a stride as `padded` gives them."""
-    stride = columns if like.is_cpu else -(-columns // 64) * 64
-    return like.new_empty(len(like), stride)[:, :columns]
 
 
 class _Linear(torch.autograd.Function):
