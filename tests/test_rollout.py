@@ -1,11 +1,14 @@
 """Rollout: what is sampled depends on the sequence alone, and its log-probs are the update's."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tinylora.adapter import Adapter, TinyLoRAConfig
 from tinylora.errors import InputError
+from tinylora.kernels.correction import CHAIN
 from tinylora.kernels.self_check import rms
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model import load_model
@@ -167,6 +170,17 @@ def test_a_large_vocabulary(tiny_model):
     with torch.no_grad():
         logp, _ = score(adapter, adapter.matrices(), [p for p in PROMPTS for _ in range(4)], whole, range(len(whole)), 1.0)
     torch.testing.assert_close(logp, torch.tensor([x for c in whole for x in c.logprobs]), rtol=0, atol=1e-5)
+
+
+def test_a_wide_hidden_state_is_not_onednns(monkeypatch):
+    """Where a logit sums so many numbers that oneDNN's error may pass twice MKL's, the head is `F.linear`."""
+    calls = []
+    monkeypatch.setattr("tinylora.rl.slots.onednn_linear", lambda x, w: calls.append(len(w)) or F.linear(x, w))
+    for width, called in ((CHAIN, [WIDE]), (CHAIN + 1, [])):
+        hidden, weight = torch.zeros(8, width), torch.zeros(WIDE, width)
+        assert head(hidden, SimpleNamespace(head=weight, capacity=None)).shape == (8, WIDE)
+        assert calls == called
+        calls.clear()
 
 
 def test_the_caches_room_stays_for_the_next_rollout(adapted):

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 from tinylora.model.config import ModelConfig
-from tinylora.model.decoder import PROJECTIONS
+from tinylora.model.decoder import PROJECTIONS, KVCache
 from tinylora.model.loader import resolve_model
 from tinylora.rl.config import LEARNING_RATES, TrainConfig
 from tinylora.rl.prompts import messages
@@ -35,13 +35,12 @@ def plan(c: TrainConfig, model: ModelConfig, text: Text | None, row: Row | None)
     count, stored = trained_numbers(c, model), {"float32": 4}.get(c.param_dtype, 2)
     shapes = [model.shape(name) for name in PROJECTIONS]
     matrix = model.num_layers * sum(n * k for n, k in shapes)  # weights that every token is multiplied with
-    embedding = model.vocab_size * model.hidden_size
-    weights = matrix + embedding * (1 if model.tied_head else 2)
+    embedding, weights = model.vocab_size * model.hidden_size, all_weights(model)
     size = {"auto": model.dtype}.get(c.dtype, c.dtype)
     width = 4 if size == "float32" else 2
     adapted = [model.shape(name) for name in PROJECTIONS if name in c.target_modules]
     factors = model.num_layers * sum(c.r * (n + k) for n, k in adapted) * width
-    kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
+    kv = KVCache.bytes_per_token(model, width)
     prompt = len(text.prompt(row["prompt"])) if text and row else PROMPT_TOKENS
     completions = c.prompts_per_step * c.num_generations
     length = prompt + c.max_completion_length
@@ -83,11 +82,14 @@ def plan(c: TrainConfig, model: ModelConfig, text: Text | None, row: Row | None)
 
 def trained_numbers(c: TrainConfig, model: ModelConfig) -> int:
     """What this method trains on such a model."""
-    shapes = {name: model.shape(name) for name in PROJECTIONS}
     if c.method == "lora":
-        return model.num_layers * sum(c.r * sum(shapes[name]) for name in c.target_modules)
-    if c.method != "full":
-        return c.adapter.num_parameters(model.num_layers)
+        return model.num_layers * sum(c.r * sum(model.shape(name)) for name in c.target_modules)
+    return all_weights(model) if c.method == "full" else c.adapter.num_parameters(model.num_layers)
+
+
+def all_weights(model: ModelConfig) -> int:
+    """With its biases and norms."""
+    shapes = {name: model.shape(name) for name in PROJECTIONS}
     biased = (PROJECTIONS[:3] if model.qkv_bias else ()) + (PROJECTIONS[3:4] if model.o_bias else ())
     layer = sum(n * k for n, k in shapes.values()) + sum(shapes[name][0] for name in biased)
     layer += 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinylora.kernels import dispatch
-from tinylora.kernels.correction import Correction, onednn_linear
+from tinylora.kernels.correction import CHAIN, Correction, onednn_linear
 from tinylora.kernels.frozen_linear import NARROW
 from tinylora.kernels.sampling import sample
 from tinylora.model.decoder import Decoder, KVCache, Matrices
@@ -184,9 +184,10 @@ class Slots:
 def head(hidden: Tensor, model: Decoder) -> Tensor:
     """Logits (T, vocab) of hidden states (T, hidden); in float32 on a GPU, as the update's log-probs are.
 
-    A large vocabulary takes oneDNN's product on a CPU: 97 ms where MKL takes 210 to 330, for 32 rows of 896 and 151,936 tokens.
+    A large vocabulary takes oneDNN's product on a CPU, where its sums are short enough: 97 ms where MKL takes 210 to 330, for
+    32 rows of 896 and 151,936 tokens.
     """
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(hidden, model.head.T, out_dtype=torch.float32)
-    wide = len(model.head) >= WIDE and model.capacity is None
+    wide = len(model.head) >= WIDE and model.head.shape[1] <= CHAIN and model.capacity is None
     return onednn_linear(hidden, model.head) if wide else F.linear(hidden, model.head)
