@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinylora import prng
-from tinylora.adapter import Adapter, TinyLoRAConfig, load_adapter
+from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter_files import load_adapter
 from tinylora.errors import InputError
 from tinylora.model import Decoder, load_model
 from tinylora.model.decoder import PROJECTIONS, module_name

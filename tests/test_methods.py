@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinylora.adapter import Adapter, TinyLoRAConfig, load_adapter
+from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter_files import load_adapter
 from tinylora.errors import InputError
 from tinylora.model import load_model
 from tinylora.rl.baselines import LORA_ALPHA, Baseline, decoder_tensors

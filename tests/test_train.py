@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tinylora import evaluate, train
-from tinylora.adapter import load_adapter
+from tinylora.adapter_files import load_adapter
 from tinylora.errors import InputError
 from tinylora.model import load_model
 from tinylora.rl import step as step_module

@@ -1,6 +1,7 @@
 """tinylora: train a handful of numbers on a frozen language model by reinforcement learning."""
 
-from tinylora.adapter import Adapter, TinyLoRAConfig, load_adapter
+from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter_files import load_adapter
 from tinylora.errors import InputError
 from tinylora.layers import AttachedAdapter, attach
 from tinylora.model import load_model

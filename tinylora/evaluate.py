@@ -10,7 +10,8 @@ import torch
 import tyro
 
 import tinylora
-from tinylora.adapter import Adapter, base_hash, load_adapter
+from tinylora.adapter import Adapter, base_hash
+from tinylora.adapter_files import load_adapter
 from tinylora.cli import run_command, table
 from tinylora.errors import InputError
 from tinylora.files import write_text

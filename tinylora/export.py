@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tinylora import peft_format
-from tinylora.adapter import Base, Parts, TinyLoRAConfig, read_adapter, save_tiny, stored
+from tinylora.adapter import DTYPES, Base, Parts, TinyLoRAConfig, stored
+from tinylora.adapter_files import read_adapter, save_tiny
 from tinylora.cli import run_command, table
 from tinylora.errors import InputError
 from tinylora.files import write_safetensors, write_text
@@ -23,7 +24,6 @@ from tinylora.model.config import FAMILIES, ModelConfig
 from tinylora.model.loader import load_model, resolve_model
 
 ENOUGH = 0.95  # of the correction; below it a merged checkpoint is another policy, and the report warns
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def write_merged(
                 A, BM = moves[module]
                 D = BM @ A  # (N, K)
                 D = D.T if module in base.transposed else D
-                wanted = weight.dtype if dtype == "auto" else _DTYPES[dtype]
+                wanted = weight.dtype if dtype == "auto" else DTYPES[dtype]
                 merged = (weight.double() + D).to(wanted)
                 moved = merged.double() - weight.to(wanted).double()
                 squares = [x.square().sum().item() for x in (moved - D, D, weight.double())]
@@ -133,7 +133,7 @@ def write_merged(
                     kept.setdefault(entry, Kept()).add(*squares)
                 weight = merged
             elif dtype != "auto" and weight.is_floating_point():
-                weight = weight.to(_DTYPES[dtype])
+                weight = weight.to(DTYPES[dtype])
             tensors[name] = weight.contiguous()
             total += weight.nbytes
         write_safetensors(directory / shard, tensors, {"format": "pt"})

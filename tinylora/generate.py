@@ -9,7 +9,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from tinylora.adapter import Adapter, load_adapter
+from tinylora.adapter import Adapter
+from tinylora.adapter_files import load_adapter
 from tinylora.cli import run_command
 from tinylora.errors import InputError
 from tinylora.model import load_model

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tinylora.adapter import Base, Parts, TinyLoRAConfig, draw_parts, read_adapter, save_adapter, stored
+from tinylora.adapter import Base, Parts, TinyLoRAConfig, draw_parts, stored
+from tinylora.adapter_files import read_adapter, save_adapter
 from tinylora.errors import InputError
 from tinylora.kernels import dispatch
 from tinylora.kernels.frozen_linear import frozen_linear

@@ -214,7 +214,8 @@ def answers(path: Path, settings: Row) -> str:
 
 def greedy_answers(path: Path, settings: Row) -> list[tuple[str, str, list[tuple[str, bool]]]]:
     """(question, gold answer, (text, right) of base and trained). InputError where the base or the adapter is not at hand."""
-    from tinylora.adapter import Adapter, load_adapter  # this and the rest load torch, which no other part of a report needs
+    from tinylora.adapter import Adapter  # this and the rest load torch, which no other part of a report needs
+    from tinylora.adapter_files import load_adapter
     from tinylora.evaluate import EvaluateConfig, answer
     from tinylora.model import load_model
     from tinylora.model.decoder import Decoder

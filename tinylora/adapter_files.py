@@ -1,0 +1,177 @@
+"""A saved adapter, in our own format and as one file; reading checks that base, P and factors are those it was trained with.
+
+    adapter_config.json          the config, and hashes of base and P
+    adapter_model.safetensors    v, sketches of A and B, and the config again in its header
+
+PEFT's directories are `peft_format`'s; docs/formats.md says what is in the files.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tinylora import peft_format
+from tinylora.adapter import DTYPES, Adapter, Base, Parts, TinyLoRAConfig, base_hash, draw_parts
+from tinylora.errors import InputError
+from tinylora.files import write_safetensors, write_text
+from tinylora.model.decoder import Decoder
+
+if TYPE_CHECKING:
+    from tinylora.layers import AttachedAdapter
+
+FORMAT_VERSION = 1
+SKETCH = 16  # entries kept of each row of A and column of B
+SKETCH_TOLERANCE = 1e-2  # relative; a flipped sign or another singular vector is off by about 1
+
+
+def about(config: TinyLoRAConfig, parts: Parts, v: Tensor, base: Base) -> dict[str, Any]:
+    """What a saved adapter says of itself: its config, its size, and the hashes that tell its base and its P from others."""
+    return {
+        "format": "tinylora",
+        "format_version": FORMAT_VERSION,
+        **dataclasses.asdict(config),
+        "projection_seed": config.p_seed,
+        "base_model_name_or_path": base.name,
+        "base_model_hash": base_hash(base),
+        "projection_hash": parts.projection_hash,
+        "num_parameters": v.numel(),
+    }
+
+
+def save_adapter(directory: Path, config: TinyLoRAConfig, parts: Parts, v: Tensor, base: Base) -> None:
+    """Write an adapter in the format it has: ours where everything but v can be drawn again, else PEFT's."""
+    if parts.peft is not None:
+        peft_format.write(directory, parts, v, base)
+        return
+    described = about(config, parts, v, base)
+    tensors = {"v": v.detach().to("cpu", DTYPES[config.param_dtype]).contiguous()}
+    for side, sketches in zip("AB", _sketches(parts.factors), strict=True):
+        tensors[f"sketch.{side}"] = sketches
+    # The tensors carry the config in their header, so that the one file is complete in itself. One key only: safetensors
+    # writes several in random order, and equal adapters are to be equal files.
+    write_safetensors(directory / "adapter_model.safetensors", tensors, {"tinylora": json.dumps(described)})
+    modules = {**described, "modules": len(parts.group_of)}
+    write_text(directory / "adapter_config.json", json.dumps(modules, indent=2) + "\n")
+
+
+def save_tiny(path: Path, config: TinyLoRAConfig, parts: Parts, v: Tensor, base: Base) -> int:
+    """Write v into one file whose header has the rest; returns the bytes of v.
+
+    Without the directory's sketches of A and B: a reader is told by hash whether base and P are the same, and not whether
+    the factors come out alike.
+    """
+    if parts.peft is not None:
+        raise InputError("--to tiny: this adapter came from PEFT with factors of its own, which v alone does not restore")
+    payload = v.detach().to("cpu", DTYPES[config.param_dtype]).contiguous()
+    described = {**about(config, parts, v, base), "modules": len(parts.group_of)}
+    write_safetensors(path, {"v": payload}, {"tinylora": json.dumps(described)})
+    return payload.nbytes
+
+
+@overload
+def load_adapter(directory: str | Path, model: Decoder) -> Adapter: ...
+@overload
+def load_adapter(directory: str | Path, model: torch.nn.Module, name: str = "default") -> "AttachedAdapter": ...
+
+
+def load_adapter(directory: str | Path, model: Decoder | torch.nn.Module, name: str = "default") -> "Adapter | AttachedAdapter":
+    """Load a saved adapter onto the base it was trained on: an `Adapter` on a Decoder, attached layers on any other model.
+
+    `directory` is an adapter's, a run's (its adapter/), PEFT's of a TINYLORA adapter, or a file of `export --to tiny`.
+    `name` is the adapter's among several on an attached model. InputError where it is missing, broken, of another base, or
+    where P or the factors come out differently here; the model is then as it was.
+    """
+    path = Path(directory)
+    if not (path / "adapter_config.json").exists() and (path / "adapter").is_dir():
+        path = path / "adapter"
+    if isinstance(model, Decoder):
+        config, parts, v = read_adapter(path, Base.of_decoder(model))
+        adapter = Adapter(model, config, parts)
+        adapter.load_v(v)
+        return adapter
+    from tinylora import layers  # it knows this module
+
+    return layers.load(path, model, name)
+
+
+def read_adapter(path: Path, base: Base) -> tuple[TinyLoRAConfig, Parts, Tensor]:
+    """A saved adapter of any format, checked against a base."""
+    described: Any
+    try:
+        pickles = [p.name for p in path.glob("adapter_model*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+        if pickles:
+            raise InputError(f"--adapter {path}: {pickles[0]} is a pickle, which can run code; save as safetensors instead")
+        if path.is_file() and path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                described = json.loads((file.metadata() or {}).get("tinylora", "{}"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        else:
+            described = json.loads((path / "adapter_config.json").read_text())
+            tensors = load_file(path / "adapter_model.safetensors")
+    except FileNotFoundError as error:
+        raise InputError(f"--adapter {path}: {Path(error.filename or '').name or error} is missing") from None
+    except InputError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"--adapter {path} cannot be read: {error}") from None
+    if isinstance(described, dict) and "peft_type" in described:
+        return peft_format.read(path, described, tensors, base)
+    return _read_own(path, described, tensors, base)
+
+
+def _read_own(path: Path, described: Any, tensors: dict[str, Tensor], base: Base) -> tuple[TinyLoRAConfig, Parts, Tensor]:
+    if not isinstance(described, dict) or (described.get("format"), described.get("format_version")) != (
+        "tinylora",
+        FORMAT_VERSION,
+    ):
+        raise InputError(f"--adapter {path}: not a tinylora adapter of format version {FORMAT_VERSION}")
+    names = [f.name for f in dataclasses.fields(TinyLoRAConfig)]
+    described.setdefault("projection", "random")  # older files do not say
+    lacking = {*names, "base_model_hash", "base_model_name_or_path", "projection_hash", "modules"} - described.keys()
+    if lacking:
+        raise InputError(f"--adapter {path}: adapter_config.json lacks {', '.join(sorted(lacking))}")
+    fields = {name: described[name] for name in names}
+    try:
+        config = TinyLoRAConfig(**{**fields, "target_modules": tuple(fields["target_modules"])})
+    except TypeError as error:
+        raise InputError(f"--adapter {path}: adapter_config.json is broken: {error}") from None
+    if not base.has_hash(described["base_model_hash"]):
+        modules = sum(any(m == n or m.endswith(f".{n}") for n in config.target_modules) for m in base.weights)
+        raise InputError(
+            f"--adapter {path} was trained on {described['base_model_name_or_path']} (weights {described['base_model_hash']}, "
+            f"{described['modules']} modules); this model is {base.name} (weights {base_hash(base)}, "
+            f"{modules} modules). Give the base it was trained on."
+        )
+    parts = draw_parts(config, base)
+    if described["projection_hash"] != parts.projection_hash:
+        raise InputError(f"--adapter {path}: P of seed {config.p_seed} comes out differently in this version of tinylora")
+    wanted = {"v"} if path.is_file() else {"v", "sketch.A", "sketch.B"}
+    if wanted - tensors.keys():
+        raise InputError(f"--adapter {path}: adapter_model.safetensors lacks v or its sketches")
+    for side, mine in zip("AB", _sketches(parts.factors), strict=True):
+        theirs = tensors.get(f"sketch.{side}", mine)
+        # not <=, rather than >, so that NaN fails it
+        if theirs.shape != mine.shape or not ((theirs - mine).norm(dim=2) <= SKETCH_TOLERANCE * mine.norm(dim=2)).all():
+            raise InputError(f"--adapter {path}: the factors {side} come out differently on this machine or in this dtype")
+    if not tensors["v"].isfinite().all():
+        raise InputError(f"--adapter {path}: v is not finite")
+    shape = (parts.groups, config.u)
+    if tuple(tensors["v"].shape) != shape:
+        raise InputError(f"--adapter {path}: v has shape {tuple(tensors['v'].shape)}; this adapter's is {shape}")
+    return config, parts, tensors["v"]
+
+
+def _sketches(factors: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """SKETCH evenly spaced entries of each row of A and column of B: (modules, r, SKETCH) each."""
+
+    def sample(rows: Tensor) -> Tensor:  # (r, width) -> (r, SKETCH)
+        return rows[:, torch.linspace(0, rows.shape[1] - 1, SKETCH).long()].float().cpu()
+
+    pairs = [(sample(a), sample(b.T)) for a, b in factors.values()]
+    return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
