@@ -1,6 +1,7 @@
 """The update's gradient against the formula written out, one completion at a time, nothing skipped."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -183,9 +184,16 @@ def test_out_of_memory_halves_the_microbatch_and_loses_nothing(case, monkeypatch
     adapter, prompts, completions, rewards = case
     packed = adapter.model.packed
 
+    refused = []  # what the graphs that were too much hold
+
+    class Activation:
+        pass
+
     class TooMuch(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
+            ctx.kept = Activation()
+            refused.append(weakref.ref(ctx.kept))
             return x.view_as(x)
 
         @staticmethod
@@ -193,6 +201,7 @@ def test_out_of_memory_halves_the_microbatch_and_loses_nothing(case, monkeypatch
             raise torch.OutOfMemoryError("pretended")
 
     def tight(tokens, *a, **k):
+        assert not any(kept() for kept in refused), "the graph that was too much is still in memory"
         if when == "forward" and len(tokens) > 60:
             raise torch.OutOfMemoryError("pretended")
         hidden = packed(tokens, *a, **k)

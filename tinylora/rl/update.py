@@ -118,9 +118,7 @@ def accumulate(
     while parts:
         before = [x.grad.clone() for x in parameters if x.grad is not None]
         try:
-            with deterministic(policy.model.device):
-                value, done = loss(parts[0])
-                value.backward()
+            done = _descended(loss, parts[0], policy.model.device)
         except torch.OutOfMemoryError:
             for x, grad in zip(parameters, before, strict=True):
                 x.grad = grad
@@ -135,6 +133,16 @@ def accumulate(
         else:
             done()
             parts.pop(0)
+
+
+def _descended(
+    loss: Callable[[list[int]], tuple[Tensor, Callable[[], None]]], part: list[int], device: torch.device
+) -> Callable[[], None]:
+    """Forward and backward of a part. A function of its own, so that nothing of a part that ran out of memory stays in it."""
+    with deterministic(device):
+        value, done = loss(part)
+        value.backward()
+    return done
 
 
 @contextmanager
