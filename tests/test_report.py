@@ -153,6 +153,17 @@ def test_precisions_at_equal_count_and_at_equal_size(study: Path, drawn: dict[st
     assert [t.get_text() for t in drawn["sampled-bytes"].get_xticklabels()] == ["4", "8", "26", "52"]
 
 
+@pytest.mark.parametrize(("points", "scale"), [((0.01, 0.07), "linear"), ((0.01, 0.08), "log"), ((0.0, 0.08), "linear")])
+def test_an_axis_over_a_wide_range_is_logarithmic(study: Path, drawn: dict[str, Any], points: Any, scale: str) -> None:
+    rows = [json.loads(line) for line in (study / "results.jsonl").read_text().splitlines()]
+    rows = [r | {"x": points[r["num_parameters"] > 2]} for r in rows]
+    (study / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    about = json.loads((study / "study.json").read_text()) | {"x": "sigma", "x_label": "sigma"}
+    (study / "study.json").write_text(json.dumps(about))
+    make(study)
+    assert drawn["sampled-x"].get_xscale() == scale and drawn["sampled-x"].get_xlabel() == "sigma"
+
+
 def test_arms_without_a_number(study: Path, drawn: dict[str, Any]) -> None:
     """A row each, with intervals along it."""
     rows = [json.loads(line) | {"x": "top"} for line in (study / "results.jsonl").read_text().splitlines()]

@@ -27,6 +27,7 @@ STYLE: Any = {
 }  # fmt: skip
 POINTS = 60  # of a learning curve; longer ones are means of several steps
 SHOWN_V = 16
+WIDE = 8  # largest over smallest of an axis' values, from which it is logarithmic whatever it shows
 PANELS = (  # of a run: file name, title, axis, {metric: label}
     ("reward", "Reward and accuracy", "reward; share that is right", {"reward": "reward", "accuracy": "accuracy"}),
     ("likeliest", "Solutions' tokens that are the likeliest", "share of tokens", {"mean_token_accuracy": "accuracy"}),
@@ -208,7 +209,7 @@ def _against(results: Sequence[Row], kind: str, place: str, label: str, logarith
     series, alt, levels = by(results, "series"), [], {}
     flat = {name for name, rows in series.items() if name.lower() == "full" or not all(is_number(r["x"]) for r in rows)}
     xs = sorted({row[place] for row in results if row["series"] not in flat})
-    logarithmic = logarithmic and bool(xs) and xs[0] > 0
+    logarithmic = bool(xs) and xs[0] > 0 and (logarithmic or xs[-1] >= WIDE * xs[0])
     scale, back = (math.log, math.exp) if logarithmic else (float, float)
     width = scale(xs[-1]) - scale(xs[0]) if xs else 0
     for i, (name, rows) in enumerate(series.items()):
