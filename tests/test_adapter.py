@@ -210,6 +210,20 @@ def test_M_is_the_sum_of_v_times_P(r: int, changes: dict[str, object], decoder: 
                 assert (found[module][0] - expected).abs().max() < 1e-6 * config.u
 
 
+@pytest.mark.parametrize("changes", [{}, {"target_modules": ("k_proj", "down_proj")}, {"param_dtype": "bfloat16"}])
+def test_the_relative_change_is_that_of_the_dense_weights(changes: dict[str, object], decoder: Decoder) -> None:
+    adapter = Adapter(decoder, TinyLoRAConfig(**({"u": 3, "n_tie": 4} | changes)))
+    assert adapter.relative_change() == 0
+    adapter.load_v(torch.randn(adapter.v.shape, generator=torch.Generator().manual_seed(0)))
+    moved, whole, v = 0.0, 0.0, adapter.stored_v().detach().double()
+    for name, W in decoder.weights(PROJECTIONS).items():
+        if name in adapter.group_of:
+            A, B = (x.double() for x in adapter.factors[name])
+            M = sum(v[adapter.group_of[name], i] * adapter.projections[name][i].double() for i in range(3))
+            moved, whole = moved + (B @ M @ A).square().sum().item(), whole + W.double().square().sum().item()
+    assert math.isclose(adapter.relative_change(), math.sqrt(moved / whole), rel_tol=1e-5)
+
+
 def test_gradient_of_v_is_the_inner_product_with_P(decoder: Decoder) -> None:
     """dv[g, i] = sum of <dM, P_i> over the modules of group g, exactly what tying means."""
     config = TinyLoRAConfig(u=2, n_tie=5)

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -243,6 +244,23 @@ class Adapter:
         m = torch.einsum("asu,suij->asij", weights, self._P.to(v.dtype))
         split = iter(m.split([size for size in self._sizes if size], dim=1))
         return [next(split) if size else None for size in self._sizes]
+
+    @cached_property
+    def _measures(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        """Of each adapted module P (u, r, r), its group, A A^T and B^T B (r, r); and |W| of all together. On the CPU."""
+        names, weights = list(self.group_of), self.model.weights(PROJECTIONS)
+        pairs = [self.factors[name] for name in names]
+        P, groups = torch.stack([self.projections[name] for name in names]), torch.tensor(list(self.group_of.values()))
+        AA, BB = torch.stack([(A @ A.T).cpu() for A, _ in pairs]), torch.stack([(B.T @ B).cpu() for _, B in pairs])
+        norms = [torch.linalg.vector_norm(weights[name], dtype=torch.float32).item() for name in names]
+        return P, groups, AA, BB, math.hypot(*norms)
+
+    @torch.no_grad()
+    def relative_change(self) -> float:
+        """|B M A| / |W|, over all adapted modules together (Frobenius): how far they are from the base's."""
+        P, groups, AA, BB, base = self._measures
+        M = torch.einsum("mu,muij->mij", self.stored_v().cpu()[groups], P)  # (modules, r, r)
+        return (torch.einsum("mij,mij->", BB @ M @ AA, M).clamp_min(0).sqrt() / base).item()
 
     def save(self, directory: Path) -> None:
         """Write directory/{adapter_config.json, adapter_model.safetensors}; no reader ever sees a half-written adapter."""

@@ -192,7 +192,7 @@ class Trainer:
         if v.numel() > V_IN_METRICS:
             self.run_directory.keep_v(self.step, v)
         own = {"adapter/v": v.flatten().tolist()} if v.numel() <= V_IN_METRICS else {}
-        return head, {"adapter/norm": v.norm().item(), **own}
+        return head, {"adapter/norm": v.norm().item(), "adapter/relative_change": self.policy.relative_change(), **own}
 
     def sampling(self) -> Sampling:
         c = self.config
