@@ -119,12 +119,12 @@ def test_a_broken_study_is_refused_before_it_runs(tmp_path, change, message):
 
 
 def test_the_shipped_studies_can_run():
-    """Each is read whole and --quick; whole, an arm has 8 draws of P, and SFT's arms are RL's but for the algorithm."""
+    """Each is read whole and --quick; whole, an arm has 8 draws of P or more, and SFT's arms are RL's but for the algorithm."""
     files = sorted((Path(sweep.__file__).parent.parent / "recipes" / "studies").glob("*.toml"))
     assert {f.stem for f in files} >= {"parameters", "rl-sft", "tying", "precision", "rank", "es", "scaling"}
     for file in files:
         whole, quick = (sweep.read_study(file, quick=q) for q in (False, True))
-        assert whole.seeds == 8 and quick.seeds == 1 and [a.name for a in whole.arms] == [a.name for a in quick.arms]
+        assert whole.seeds >= 8 and quick.seeds == 1 and [a.name for a in whole.arms] == [a.name for a in quick.arms]
     arms = sweep.read_study(next(f for f in files if f.stem == "rl-sft"), quick=False).arms
     kinds = [{k: v for k, v in a.settings.items() if k not in ("algorithm", "sft_data")} for a in arms]
     assert len(arms) == 16 and all(kinds[i : i + 4] == kinds[:4] for i in (4, 8, 12))
