@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,15 @@ def test_a_study_its_choice_and_going_on(tmp_path):
     kept = (out / "runs" / "es" / "seed-0" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     shutil.rmtree(out / "runs" / "rl--3-numbers" / "seed-0")
     shutil.rmtree(out / "runs" / "rl--3-numbers" / "seed-1" / "adapter")
+    # So does one that was interrupted after its first step, which leaves an adapter.
+    interrupted = sweep.config(json.loads((out / "runs" / "es" / "seed-1" / "config.json").read_text())["settings"], 1, study)
+    interrupted = replace(interrupted, output_dir=str(out / "runs" / "es" / "seed-1"))
+    assert sweep.finished(interrupted)
+    shutil.rmtree(interrupted.output_dir)
+    trainer = Trainer(interrupted)
+    record = trainer.record
+    trainer.record = lambda row: (setattr(trainer, "stop", True), record(row))  # as Ctrl-C does
+    assert not trainer.train() and (Path(interrupted.output_dir) / "adapter").is_dir() and not sweep.finished(interrupted)
     run(str(study), "--output-dir", str(out), "--processes", "1")
     assert results(out) == found
     assert (out / "runs" / "es" / "seed-0" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == kept

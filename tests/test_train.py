@@ -369,6 +369,8 @@ def test_format_only_reward_pays_for_any_answer(tmp_path):
     with contextlib.redirect_stdout(out):
         assert train.main(["--output-dir", str(path), "--reward", "format-only", *SHORT]) == 1
     steps = [r for r in rows(path) if "reward" in r]
+    assert [r["step"] for r in rows(path) if "eval/n" in r] == [0, 10], "it is scored where it stopped"
+    assert "trained" in out.getvalue(), "with the table"
     assert len(steps) == 10 and all(r["reward"] == 1 and r["frac_reward_zero_std/all_right"] == 1 for r in steps)
     assert "stopped after step 10: nothing to learn from in the last 10 steps" in out.getvalue()
     assert "there is no good step" in out.getvalue()

@@ -149,7 +149,12 @@ def run_job(jobs: list[TrainConfig], threads: int) -> None:
 
 
 def finished(c: TrainConfig) -> bool:
-    return (Path(c.output_dir or "") / "adapter").is_dir()
+    """Whether the run came to its end, where it is scored: Ctrl-C leaves an adapter too."""
+    if not (Path(c.output_dir or "") / "adapter").is_dir():
+        return False
+    rows = _rows(c)
+    last = max((row["step"] for row in rows if "step_time" in row), default=None)
+    return last in {row["step"] for row in rows if "eval/n" in row or "validation/n" in row}
 
 
 def _resumed(c: TrainConfig) -> TrainConfig:

@@ -73,6 +73,8 @@ def main(arguments: list[str]) -> int:
     path = trainer.run_directory.path
     if not finished and trainer.dead:
         good = trainer.step - trainer.steps_since_gradient()
+        if trainer.test_rows:
+            print("\n" + summary(trainer.evaluate(0), trainer.evaluate(trainer.step)) + "\n")
         again = f"python -m tinylora.evaluate --adapter {path} --adapter-step {good}"
         print(
             f"stopped after step {trainer.step}: nothing to learn from in the last {trainer.config.dead_steps} steps, as every "

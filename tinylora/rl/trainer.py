@@ -232,7 +232,7 @@ class Trainer:
         return evaluate(self.model, matrices, self.text, rows, self.grader, c.extractor, c.max_completion_length, c.seed)
 
     def _evaluate_if_due(self) -> None:
-        step, last = self.step, self.step in (0, self.max_steps)
+        step, last = self.step, self.step in (0, self.max_steps) or self.dead
         if self.validation_rows and (last or step % self.config.eval_steps == 0):
             self._validate()
         if self.test_rows and last and not self.run_directory.has_evaluation_row(step):
