@@ -91,6 +91,9 @@ def test_a_study_its_choice_and_going_on(tmp_path):
     assert not trainer.train() and (Path(interrupted.output_dir) / "adapter").is_dir() and not sweep.finished(interrupted)
     run(str(study), "--output-dir", str(out), "--processes", "1")
     assert results(out) == found
+    study.write_text(STUDY.replace("sigma = 0.05", "sigma = 0.06"))
+    with pytest.raises(InputError, match="seed-0 holds a run with --sigma 0.05, not --sigma 0.06: delete it"):
+        sweep.main([str(study), "--output-dir", str(out)])
     assert (out / "runs" / "es" / "seed-0" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == kept
 
 

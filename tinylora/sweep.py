@@ -28,14 +28,14 @@ import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from tinylora.cli import run_command, table
 from tinylora.errors import InputError
 from tinylora.files import write_text
-from tinylora.rl.config import TrainConfig, preset
+from tinylora.rl.config import TrainConfig, flag, preset
 
 CHOICE_SEED = 1000  # of the runs that choose settings: away from those that are reported
 CHOICE_RUNS = 2
@@ -149,10 +149,16 @@ def run_job(jobs: list[TrainConfig], threads: int) -> None:
 
 
 def finished(c: TrainConfig) -> bool:
-    """Whether the run came to its end, where it is scored: Ctrl-C leaves an adapter too."""
-    if not (Path(c.output_dir or "") / "adapter").is_dir():
+    """Whether the run came to its end, where it is scored: Ctrl-C leaves an adapter too. InputError where the directory holds
+    a run of other settings, as when a study was edited."""
+    path, wanted = Path(c.output_dir or ""), json.loads(json.dumps(asdict(c)))
+    if not (path / "config.json").exists():
         return False
-    rows = _rows(c)
+    for name, value in json.loads((path / "config.json").read_text())["settings"].items():
+        if name not in ("output_dir", "resume") and name in wanted and wanted[name] != value:
+            held, now = f"{flag(name)} {value}", f"{flag(name)} {wanted[name]}"
+            raise InputError(f"{path} holds a run with {held}, not {now}: delete it, or give another --output-dir")
+    rows = _rows(c) if (path / "adapter").is_dir() else []
     last = max((row["step"] for row in rows if "step_time" in row), default=None)
     return last in {row["step"] for row in rows if "eval/n" in row or "validation/n" in row}
 
