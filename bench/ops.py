@@ -258,7 +258,8 @@ def norm_case(model: str, rows: int, device: str, dtype: torch.dtype, sets: int)
     case = _row_case(f"add_norm {width}, T {rows}", functions, (width, width), (4, 3), rows, device, dtype, sets)
     outer, inner = _correction(width, width, 3, device, dtype), _correction(width, width, 1, device, dtype)
     x_, rstd = torch.randn_like(y), torch.rand(rows, 1, device=device) + 1
-    back = add_norm.add_norm_backward_triton if dispatch.runs_triton("add_norm", y) else add_norm.add_norm_backward_plain
+    ways = add_norm.add_norm_backward_native, add_norm.add_norm_backward_triton, add_norm.add_norm_backward_plain
+    back = dispatch.choose("add_norm", y, *ways, width, c=inner)
     with_z = Contender(
         lambda x: add_norm.add_norm(x, y, None, weight, eps, inner, outer)[1],
         backward=lambda dy: back(None, dy, x_, rstd, weight, inner),
@@ -279,7 +280,8 @@ def swiglu_case(model: str, rows: int, device: str, dtype: torch.dtype, sets: in
     case = _row_case(f"swiglu {width}, T {rows}", functions, (2 * width, width), (3, 5), rows, device, dtype, sets)
     outer, inner = _correction(width, 64, 1, device, dtype), _correction(64, 2 * width, 2, device, dtype)
     x_ = case.inputs[0][0]
-    back = swiglu.swiglu_backward_triton if dispatch.runs_triton("swiglu", x_) else swiglu.swiglu_backward_plain
+    ways = swiglu.swiglu_backward_native, swiglu.swiglu_backward_triton, swiglu.swiglu_backward_plain
+    back = dispatch.choose("swiglu", x_, *ways, width, c=inner)
     with_z = Contender(
         lambda x: swiglu.swiglu(x, width, inner, outer),
         backward=lambda dy: back(dy, x_, width, inner),
