@@ -36,6 +36,7 @@ from tinylora.cli import run_command, table
 from tinylora.errors import InputError
 from tinylora.files import write_text
 from tinylora.rl.config import TrainConfig, flag, preset
+from tinylora.rl.run_directory import changed_settings, is_step
 
 CHOICE_SEED = 1000  # of the runs that choose settings: away from those that are reported
 CHOICE_RUNS = 2
@@ -151,15 +152,15 @@ def run_job(jobs: list[TrainConfig], threads: int) -> None:
 def finished(c: TrainConfig) -> bool:
     """Whether the run came to its end, where it is scored: Ctrl-C leaves an adapter too. InputError where the directory holds
     a run of other settings, as when a study was edited."""
-    path, wanted = Path(c.output_dir or ""), json.loads(json.dumps(asdict(c)))
+    path = Path(c.output_dir or "")
     if not (path / "config.json").exists():
         return False
-    for name, value in json.loads((path / "config.json").read_text())["settings"].items():
-        if name not in ("output_dir", "resume") and name in wanted and wanted[name] != value:
-            held, now = f"{flag(name)} {value}", f"{flag(name)} {wanted[name]}"
-            raise InputError(f"{path} holds a run with {held}, not {now}: delete it, or give another --output-dir")
+    stored = json.loads((path / "config.json").read_text())["settings"]
+    for name, held, wanted in changed_settings(stored, asdict(c)):
+        is_, not_ = f"{flag(name)} {held}", f"{flag(name)} {wanted}"
+        raise InputError(f"{path} holds a run with {is_}, not {not_}: delete it, or give another --output-dir")
     rows = _rows(c) if (path / "adapter").is_dir() else []
-    last = max((row["step"] for row in rows if "step_time" in row), default=None)
+    last = max((row["step"] for row in rows if is_step(row)), default=None)
     return last in {row["step"] for row in rows if "eval/n" in row or "validation/n" in row}
 
 
@@ -231,7 +232,7 @@ def result(arm: Arm, c: TrainConfig, x: str | None, out: Path) -> dict[str, Any]
     path = Path(c.output_dir or "")
     about, rows = json.loads((path / "config.json").read_text()), _rows(c)
     scores = [row for row in rows if "eval/n" in row]
-    steps = [row for row in rows if "step_time" in row]
+    steps = [row for row in rows if is_step(row)]
     if not scores:
         raise InputError(f"{path} was not evaluated: a study needs eval_size of at least 1")
     count = about["num_parameters"]

@@ -71,21 +71,20 @@ def main(arguments: list[str]) -> int:
     print(describe(trainer), trainer.plan, sep="\n", flush=True)
     finished = trainer.train()
     path = trainer.run_directory.path
+    if (finished or trainer.dead) and trainer.test_rows:
+        print("\n" + summary(trainer.evaluate(0), trainer.evaluate(trainer.step)))
     if not finished and trainer.dead:
         good = trainer.step - trainer.steps_since_gradient()
-        if trainer.test_rows:
-            print("\n" + summary(trainer.evaluate(0), trainer.evaluate(trainer.step)) + "\n")
         again = f"python -m tinylora.evaluate --adapter {path} --adapter-step {good}"
         print(
-            f"stopped after step {trainer.step}: nothing to learn from in the last {trainer.config.dead_steps} steps, as every "
-            f"group's rewards were equal; " + (f"the last good step is {good} ({again})" if good else "there is no good step")
+            f"\nstopped after step {trainer.step}: nothing to learn from in the last {trainer.config.dead_steps} steps, as "
+            "every group's rewards were equal; "
+            + (f"the last good step is {good} ({again})" if good else "there is no good step")
         )
         return 1
     if not finished:
         print(f"stopped after step {trainer.step} of {trainer.max_steps}; go on with --output-dir {path} --resume")
         return 130
-    if trainer.test_rows:
-        print("\n" + summary(trainer.evaluate(0), trainer.evaluate(trainer.max_steps)))
     if trainer.config.eval_steps:
         best = trainer.best_step()
         said = f"step {best}, in {path / 'best'}" if best else "the base; there is no best/"

@@ -29,6 +29,12 @@ def is_step(row: Row) -> bool:
     return "step_time" in row
 
 
+def changed_settings(old: Row, new: Row) -> list[tuple[str, Any, Any]]:
+    """(name, stored value, wanted value) of the settings in which a run as stored differs from the one wanted."""
+    wanted = json.loads(json.dumps(new))  # as JSON keeps them
+    return [(k, old.get(k), v) for k, v in wanted.items() if k not in FREE_SETTINGS and v != old.get(k)]
+
+
 class RunDirectory:
     def __init__(self, path: Path, about: Row, resume: bool) -> None:
         """Start a run in `path`, or take up the one that is there. `about` is what config.json says.
@@ -54,10 +60,9 @@ class RunDirectory:
             raise InputError(f"--output-dir {path} cannot be written: {error.strerror}") from None
 
     def _take_up(self, stored: Row, about: Row) -> None:
-        old, new = stored["settings"], about["settings"]
-        changed = [k for k in new if k not in FREE_SETTINGS and json.loads(json.dumps(new[k])) != old.get(k)]
-        if changed:
-            said = ", ".join(f"{k} was {old.get(k)!r}, now {new[k]!r}" for k in changed)
+        new = about["settings"]
+        if changed := changed_settings(stored["settings"], new):
+            said = ", ".join(f"{k} was {old!r}, now {wanted!r}" for k, old, wanted in changed)
             raise InputError(f"--resume: {self.path} holds a different run: {said}")
         if stored["base_model_hash"] != about["base_model_hash"]:
             raise InputError(f"--resume: the weights of {new['model']} are not those the run in {self.path} began with")

@@ -5,6 +5,7 @@ save, and a resumed run repeats the uninterrupted one bit for bit.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -161,8 +162,8 @@ class Trainer:
 
     def steps_since_gradient(self) -> int:
         """How many of the last steps in a row had only dead groups."""
-        steps = [r for r in self.run_directory.rows if is_step(r)]
-        return next((i for i, r in enumerate(reversed(steps)) if r.get("frac_reward_zero_std", 0) < 1), len(steps))
+        steps = (r for r in reversed(self.run_directory.rows) if is_step(r))
+        return sum(1 for _ in itertools.takewhile(lambda r: r.get("frac_reward_zero_std", 0) >= 1, steps))
 
     def _train_step(self) -> Row:
         """One step of this run alone."""

@@ -40,6 +40,8 @@ class Batch:
 
 
 Policy = Adapter | Baseline
+# Of a part of the completions, by number: its loss, summable over parts, and what to do once its gradient is in.
+PartLoss = Callable[[list[int]], tuple[Tensor, Callable[[], None]]]
 
 
 def update(policy: Policy, batch: Batch, config: TrainConfig, plan: MemoryPlan) -> dict[str, float | None]:
@@ -102,10 +104,9 @@ def accumulate(
     completions: Sequence[Completion],
     used: Sequence[int],  # the completions that count, by number
     plan: MemoryPlan,
-    loss: Callable[[list[int]], tuple[Tensor, Callable[[], None]]],
+    loss: PartLoss,
 ) -> None:
-    """Forward and backward of the `used` completions, part by part. loss(part) gives the part's loss, summable over parts, and
-    what to do once its gradient is in.
+    """Forward and backward of the `used` completions, part by part.
 
     Where memory runs out, the plan's microbatches are halved and the rest goes on with those; InputError where one completion
     alone is too much.
@@ -135,9 +136,7 @@ def accumulate(
             parts.pop(0)
 
 
-def _descended(
-    loss: Callable[[list[int]], tuple[Tensor, Callable[[], None]]], part: list[int], device: torch.device
-) -> Callable[[], None]:
+def _descended(loss: PartLoss, part: list[int], device: torch.device) -> Callable[[], None]:
     """Forward and backward of a part. A function of its own, so that nothing of a part that ran out of memory stays in it."""
     with deterministic(device):
         value, done = loss(part)
