@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import torch
 import triton
@@ -32,7 +33,7 @@ def case(function):
 
     def check(device, dtype, seed):
         x = torch.randn(40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
-        return [("40 numbers", function(x), 3 * x + 1, 3 * x.double() + 1)]
+        yield "40 numbers", function(x), 3 * x + 1, 3 * x.double() + 1
 
     return check
 
@@ -41,7 +42,7 @@ def unsteady(x):
     """Within rounding, and different bits each time."""
     calls.append(1)
     y = ours(x)
-    return y * (1 + len(calls) * torch.finfo(x.dtype).eps)
+    return y * (1 + len(calls) % 2 * torch.finfo(x.dtype).eps)
 
 
 def abort(x):
@@ -61,6 +62,44 @@ def chatter(x):
     return ours(x)
 
 
+def wide_only(x):
+    if x.dtype == torch.float16:
+        os.abort()
+    return ours(x)
+
+
+def half_only(x):
+    return ours(x, 3.0001 if x.dtype == torch.float32 else 3.0)
+
+
+def meets(name, other):
+    """Waits until the other one is there too."""
+
+    def run(x):
+        folder = Path(os.environ["TOY_FOLDER"])
+        (folder / name).touch()
+        while not (folder / other).exists():
+            time.sleep(0.02)
+        time.sleep(0.1)
+        (folder / name).unlink(missing_ok=True)  # the next dtype waits again
+        return ours(x)
+
+    return run
+
+
+def crowded(x):
+    """Has no memory the first time, when it runs beside another."""
+    seen = Path(os.environ["TOY_FOLDER"]) / "crowded"
+    if not seen.exists():
+        seen.touch()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return ours(x)
+
+
+def too_large(x):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 CHECKS = {
     "right": case(ours),
     "chatters": case(chatter),
@@ -68,12 +107,17 @@ CHECKS = {
     "unwritten": case(lambda x: ours(x, programs=2)),
     "unsteady": case(unsteady),
     "misshapen": case(lambda x: ours(x)[:-1]),
-    "empty": lambda device, dtype, seed: [],
+    "empty": lambda device, dtype, seed: iter(()),
     "hangs": case(lambda x: ours(x, spin=1)),
     "after a hang": case(ours),
     "aborts": case(abort),
     "leaves": case(leave),
     "raises": case(complain),
+    "wide only": case(wide_only),
+    "half only": case(half_only),
     "last": case(ours),
 }
+PAIR = {"one": case(meets("one", "other")), "other": case(meets("other", "one"))}
+KILLED = {"right": case(ours), "sleeps": case(lambda x: time.sleep(600))}
+GREEDY = {"crowded": case(crowded), "too large": case(too_large)}
 ASLEEP = {"sleeps": case(lambda x: time.sleep(600))}

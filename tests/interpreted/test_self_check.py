@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinylora.kernels import add_norm, decode_attention, fused_linear, rope, self_check, shrink, swiglu
+from tinylora.kernels import add_norm, decode_attention, fused_linear, proof, rope, self_check, shrink, swiglu
 
 CPU = torch.device("cpu")
 
@@ -11,9 +11,10 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("op", self_check.CHECKS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_kernels_pass(op: str, seed: int) -> None:
-    found = self_check.verdict(op, self_check.CHECKS[op], CPU, seed)
-    assert found["error"] is None and found["cases"]
-    assert any(case["error"] > 0 for case in found["cases"]), "compared with itself"
+    every = [self_check.verdict(op, self_check.CHECKS[op], CPU, dtype, seed) for dtype in proof.dtypes(op, CPU)]
+    for found in every:
+        assert found["error"] is None and found["cases"]
+    assert any(case["error"] > 0 for found in every for case in found["cases"]), "compared with itself"
 
 
 def slightly_off(outputs):
@@ -83,7 +84,9 @@ def test_a_faulty_kernel_fails(op: str, place, launcher: str, fault, monkeypatch
         arguments[-1].mul_(1 + 1e-4)  # this one writes into its last argument
 
     monkeypatch.setattr(place, launcher, wrong)
-    assert "relative error" in self_check.verdict(op, self_check.CHECKS[op], CPU, 0)["error"]
+    for dtype in proof.dtypes(op, CPU):
+        error = self_check.verdict(op, self_check.CHECKS[op], CPU, dtype, 0)["error"]
+        assert dtype == torch.float16 or "relative error" in error
 
 
 def test_every_check_has_a_fault_that_it_sees() -> None:
@@ -95,7 +98,8 @@ def test_row_kernels_in_many_pieces(op, monkeypatch: pytest.MonkeyPatch) -> None
     """Four rows a program and sixteen columns a piece, as long rows and many of them are taken on a GPU."""
     monkeypatch.setattr(op, "row_config", lambda rows, width: {"ROWS": 4, "BLOCK": 16, "num_warps": 4})
     name = op.__name__.rpartition(".")[2]
-    assert self_check.verdict(name, self_check.CHECKS[name], CPU, 0)["error"] is None
+    for dtype in proof.dtypes(name, CPU):
+        assert self_check.verdict(name, self_check.CHECKS[name], CPU, dtype, 0)["error"] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -4,8 +4,8 @@
 
 `exact` is the reference in fp64, `plain` the reference in the kernel's own precision, eps that of float32.
 Integers must be equal to `exact`. Whatever a launcher allocates is filled with NaN first, so an element that no program
-writes shows. Prints one JSON object an op, as it goes. Nothing is caught: an op that raises ends the process, because a
-CUDA error poisons everything after it; `dispatch.prove` starts a new one for the ops that follow.
+writes shows. Prints one JSON object an op and dtype, as it goes. Nothing is caught: an op that raises ends the process,
+because a CUDA error poisons everything after it; `proof` starts a new one for what follows.
 """
 
 import argparse
@@ -17,50 +17,50 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tinylora.kernels import add_norm, attention, decode_attention, decode_linear, dispatch, rope, shrink, swiglu
+from tinylora.kernels import add_norm, attention, decode_attention, decode_linear, rope, shrink, swiglu
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.frozen_linear import FrozenLinear
 from tinylora.kernels.fused_linear import fused_linear, fused_linear_ref
+from tinylora.kernels.proof import CHECKS as CHECKS_NAME
+from tinylora.kernels.proof import dtypes, name_of, seconds_per_task
 from tinylora.kernels.reduce_dm import reduce_dm_ref, reduce_dm_triton
 from tinylora.kernels.sampling import sample_ref, sample_triton
 from tinylora.kernels.token_logprobs import token_logprobs_ref, token_logprobs_triton
 
 Outputs = Tensor | tuple[Tensor, ...]
 Case = tuple[str, Outputs, Outputs, Outputs]  # label, ours, plain, exact
-Check = Callable[[torch.device, torch.dtype, int], list[Case]]  # device, dtype, seed of the inputs
+Check = Callable[[torch.device, torch.dtype, int], Iterator[Case]]  # device, dtype, seed of the inputs
 
 GRACE = 30  # seconds a child gives its parent to end it, before it ends itself
 
 
 def normals(device: torch.device, dtype: torch.dtype, seed: int) -> Callable[..., Tensor]:
-    """randn(*shape): one draw after another, the same on every device before it is rounded to dtype.
+    """randn(*shape): one draw after another, by the device's own generator: a CPU's takes a second for 50 million.
 
     `exact` is to be computed from the rounded inputs, widened again: the rounding of inputs is nobody's error.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64, device=device).to(dtype)
 
 
-def reduce_dm_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+def reduce_dm_check(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Case]:
     if dtype != torch.float32:
-        return []  # it refuses half precision
+        return  # it refuses half precision
     randn = normals(device, dtype, seed)
-    cases: list[Case] = []
     shapes = ((2, 28, [300, 1, 77, 128], None), (2, 3, [5, 0, 4000], [2, 0, 2]), (3, 9, [70], [1]))
     for r, segments, lengths, adapters in shapes:
         s, t = (randn(sum(lengths) + 3, r * segments) for _ in range(2))
         sequence_adapter = None if adapters is None else torch.tensor(adapters, device=device)
         arguments = (lengths, 1 if adapters is None else 3, sequence_adapter, r)
         ours, plain = reduce_dm_triton(s, t, *arguments), reduce_dm_ref(s, t, *arguments)
-        cases.append((f"r {r}, {segments} segments", ours, plain, reduce_dm_ref(s.double(), t.double(), *arguments)))
-    return cases
+        yield (f"r {r}, {segments} segments", ours, plain, reduce_dm_ref(s.double(), t.double(), *arguments))
 
 
 def correction(
@@ -139,9 +139,8 @@ def sizes(device: torch.device, small: Sequence[tuple[int, ...]], real: Sequence
     return small if device.type == "cpu" else real
 
 
-def shrink_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+def shrink_check(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Case]:
     randn = normals(device, dtype, seed)
-    cases: list[Case] = []
     for T, K, segments, r, adapters in sizes(
         device, ((3, 40, 1, 2, 0), (7, 72, 3, 1, 3)), ((77, 3584, 1, 2, 0), (2309, 896, 3, 2, 5), (64, 18944, 1, 8, 2))
     ):
@@ -153,13 +152,11 @@ def shrink_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Ca
             return z, c.t
 
         ours, plain = run(launcher(shrink, "shrink", device), x, c), run(shrink.shrink_ref, x, _plain_copy(c))
-        cases.append((f"{T} x {K}, {segments} segments of {r}", ours, plain, run(shrink.shrink_ref, x.double(), _wide(c))))
-    return cases
+        yield (f"{T} x {K}, {segments} segments of {r}", ours, plain, run(shrink.shrink_ref, x.double(), _wide(c)))
 
 
-def add_norm_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+def add_norm_check(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Case]:
     randn = normals(device, dtype, seed)
-    cases: list[Case] = []
     for T, K, adapters in sizes(device, ((5, 40, 0), (3, 72, 2)), ((77, 896, 3), (2051, 3584, 0), (2048, 4096, 5))):
         inner, outer = (correction(randn, T, K, K, n, 2, adapters) for n in (1, 3))
         x, y, z, w = randn(T, K), randn(T, K + 16), randn(T, 2), randn(K)
@@ -171,18 +168,16 @@ def add_norm_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[
             y_, z_, i, o = given
             ops = (launcher(add_norm, "add_norm", device), add_norm.add_norm_plain)
             forward = (x, y_, z_, w, 1e-6, i, o)
-            cases.append(_padded_case(f"forward{label} {T} x {K}", *ops, forward, K, o, "t", 1.0, 1))
+            yield _padded_case(f"forward{label} {T} x {K}", *ops, forward, K, o, "t", 1.0, 1)
         rstd = (x.float().square().mean(1, keepdim=True) + 1e-6).rsqrt()
         for label, dx, i in (("", randn(T, K + 16), inner), (" last", None, None)):
             backward = (dx, randn(T, K + 16), x, rstd, w, i)
             back = (launcher(add_norm, "add_norm_backward", device), add_norm.add_norm_backward_plain)
-            cases.append(_padded_case(f"backward{label} {T} x {K}", *back, backward, K, i, "s", 0.0))
-    return cases
+            yield _padded_case(f"backward{label} {T} x {K}", *back, backward, K, i, "s", 0.0)
 
 
-def swiglu_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+def swiglu_check(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Case]:
     randn = normals(device, dtype, seed)
-    cases: list[Case] = []
     for T, F, adapters in sizes(device, ((5, 40, 0), (3, 72, 2)), ((77, 4864, 3), (2051, 2048, 0), (5, 18944, 0))):
         x, dh = randn(T, 2 * F + 16), randn(T, F + 16)
         inner, outer = correction(randn, T, F, 2 * F, 2, 2, adapters), correction(randn, T, F, 24, 1, 2, adapters)
@@ -191,14 +186,12 @@ def swiglu_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Ca
                 (launcher(swiglu, "swiglu", device), swiglu.swiglu_plain),
                 (launcher(swiglu, "swiglu_backward", device), swiglu.swiglu_backward_plain),
             )
-            cases.append(_padded_case(f"forward{label} {T} x {F}", *ops, (x, F, o), F, o, "t", 1.0))
-            cases.append(_padded_case(f"backward{label} {T} x {F}", *back, (dh, x, F, i), 2 * F, i, "s", 0.0))
-    return cases
+            yield _padded_case(f"forward{label} {T} x {F}", *ops, (x, F, o), F, o, "t", 1.0)
+            yield _padded_case(f"backward{label} {T} x {F}", *back, (dh, x, F, i), 2 * F, i, "s", 0.0)
 
 
-def rope_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+def rope_check(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Case]:
     randn = normals(device, dtype, seed)
-    cases: list[Case] = []
     small = ((5, 3, 1, 8, 0), (3, 8, 4, 12, 2))
     if launcher(rope, "rope", device) is rope.rope_native:  # which takes heads of 16 numbers on
         small = ((5, 3, 1, 16, 0), (3, 8, 4, 48, 2))
@@ -214,18 +207,16 @@ def rope_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case
                 rope.rope_plain(*arguments),
                 rope.rope_plain(*map(_wide, arguments)),
             )
-            cases.append((f"forward{label} {heads}+{kv_heads} x {D}", *rows))
+            yield (f"forward{label} {heads}+{kv_heads} x {D}", *rows)
             # (heads, T, D) transposed: how attention hands its gradients over
             grads = [randn(n, T, D).transpose(0, 1) for n in (heads, kv_heads, kv_heads)]
             backward = (*grads, None if q_norm is None else qkv, cos, sin, h, c)
             ops = (launcher(rope, "rope_backward", device), rope.rope_backward_plain)
-            cases.append(_padded_case(f"backward{label} {heads}+{kv_heads} x {D}", *ops, backward, h.width, c, "s", 0.0))
-    return cases
+            yield _padded_case(f"backward{label} {heads}+{kv_heads} x {D}", *ops, backward, h.width, c, "s", 0.0)
 
 
-def fused_linear_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+def fused_linear_check(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Case]:
     randn = normals(device, dtype, seed)
-    cases: list[Case] = []
     shapes = sizes(
         device,
         ((5, 24, 40, 2, 1), (70, 72, 48, 6, 0)),
@@ -244,16 +235,14 @@ def fused_linear_check(device: torch.device, dtype: torch.dtype, seed: int) -> l
         plain = (None, weight, None, None)
         for label, first, rest in (("", x, update), (" W^T", randn(T, N), transposed), (" bare", x, plain)):
             exact = fused_linear_ref(*map(_wide, (first, *rest)))
-            cases.append((f"{T} x {N} x {K}{label}", fused(first, *rest), fused_linear_ref(first, *rest), exact))
-    return cases
+            yield (f"{T} x {N} x {K}{label}", fused(first, *rest), fused_linear_ref(first, *rest), exact)
 
 
-def decode_linear_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+def decode_linear_check(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Case]:
     """Every number of n8 tiles, with and without splits of K, each epilogue; ends of N, K and T inside of a tile."""
     if dtype == torch.float32:
-        return []  # it multiplies half precision alone
+        return  # it multiplies half precision alone
     randn = normals(device, dtype, seed)
-    cases: list[Case] = []
     for T, N, K, segments, r, adapters, epilogue in (
         (1, 1152, 896, 3, 2, 0, "bias"),
         (7, 896, 896, 1, 2, 3, "residual"),
@@ -276,14 +265,12 @@ def decode_linear_check(device: torch.device, dtype: torch.dtype, seed: int) -> 
         ours = decode_linear.decode_linear_cuda(x, group, c, residual, gated)
         plain = decode_linear.decode_linear_ref(x, group, c, residual, gated)
         real = decode_linear.decode_linear_ref(x.double(), wide, _wide(c), _wide(residual), gated)
-        cases.append((f"{T} x {N} x {K} {epilogue}", ours, plain, real))
-    return cases
+        yield (f"{T} x {N} x {K} {epilogue}", ours, plain, real)
 
 
-def decode_attention_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+def decode_attention_check(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Case]:
     """A step's way through a paged cache: q, the cache as it is then, the attention's output, and o's z."""
     randn = normals(device, dtype, seed)
-    cases: list[Case] = []
     small, real = (
         ((4, 2, 16, 4, 1, 9, 23), (3, 1, 48, 8, 5, 64)),
         ((14, 2, 64, 64, 1, 64, 65, 700), (28, 4, 128, 64, 3, 256, 1500)),
@@ -310,14 +297,12 @@ def decode_attention_check(device: torch.device, dtype: torch.dtype, seed: int) 
             return q, keys, values, *decode_attention.decode_attention_plain(q, keys, values, view, c)
 
         ours, theirs, exact = kernels(*arguments), plain(*map(_plain_copy, arguments)), plain(*map(_wide, arguments))
-        cases.append((f"{heads}+{kv_heads} x {D}, pages of {size}", ours, theirs, exact))
-    return cases
+        yield (f"{heads}+{kv_heads} x {D}, pages of {size}", ours, theirs, exact)
 
 
-def packed_attention_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+def packed_attention_check(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Case]:
     """Sequences and suffixes in one pack, with gradients, against whole sequences that repeat their prefixes."""
     randn = normals(device, dtype, seed)
-    cases: list[Case] = []
     for heads, kv_heads, D, lengths, prefixes in ((4, 2, 32, [5, 1, 17], []), (3, 1, 48, [9, 4, 3, 1, 8, 2], [1, 0, 0, 1])):
         layout = attention.Packing(lengths, prefixes, dtype, device, None)
         T = sum(lengths)
@@ -345,14 +330,12 @@ def packed_attention_check(device: torch.device, dtype: torch.dtype, seed: int) 
             return out.detach(), *torch.autograd.grad(out, inputs, dy.detach())
 
         wide = (x.double() for x in (q, k, v, dout))
-        cases.append((f"{lengths} + {prefixes}", run(ours, q, k, v, dout), run(plain, q, k, v, dout), run(plain, *wide)))
-    return cases
+        yield (f"{lengths} + {prefixes}", run(ours, q, k, v, dout), run(plain, q, k, v, dout), run(plain, *wide))
 
 
-def sampling_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+def sampling_check(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Case]:
     """u in the middle of some likely token's share of [0, 1), so that rounding cannot change which token it is."""
     randn = normals(device, dtype, seed)
-    cases: list[Case] = []
     for rows, vocab in ((7, 9000), (3, 50), (1, 4096)):
         logits = 4 * randn(rows, vocab)
         logits[:, vocab // 3] = 24  # more than any other: no ties
@@ -364,14 +347,12 @@ def sampling_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[
             ours = sample_triton(logits, temperature, 1.0, 0, u)
             plain = sample_ref(logits, temperature, 1.0, 0, u)
             exact = sample_ref(logits.double(), temperature, 1.0, 0, u)
-            cases.append((f"{rows} of {vocab} at temperature {temperature}", ours, plain, exact))
-    return cases
+            yield (f"{rows} of {vocab} at temperature {temperature}", ours, plain, exact)
 
 
-def token_logprobs_check(device: torch.device, dtype: torch.dtype, seed: int) -> list[Case]:
+def token_logprobs_check(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Case]:
     """Log-prob, entropy and the gradient of the hidden states."""
     randn = normals(device, dtype, seed)
-    cases: list[Case] = []
     for rows, width, vocab in ((70, 96, 1000), (3, 64, 129)):
         hidden, head, dlogp = randn(rows, width), randn(vocab, width) / 4, randn(rows).float()
         tokens = (randn(rows).double().abs() * vocab / 5).long().clamp(max=vocab - 1)
@@ -383,8 +364,7 @@ def token_logprobs_check(device: torch.device, dtype: torch.dtype, seed: int) ->
 
         exact = run(token_logprobs_ref, hidden.double(), head.double(), dlogp)
         ours, plain = (run(op, hidden, head, dlogp) for op in (token_logprobs_triton, token_logprobs_ref))
-        cases.append((f"{rows} x {width} x {vocab}", ours, plain, exact))
-    return cases
+        yield (f"{rows} x {width} x {vocab}", ours, plain, exact)
 
 
 # The check of each op, under the name that the op gives `runs_triton`.
@@ -412,15 +392,6 @@ NATIVE_CHECKS: dict[str, Check] = {
 CUDA_CHECKS: dict[str, Check] = {"decode_linear": decode_linear_check}
 
 
-def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """What kernels run in. Triton's interpreter gets bfloat16 wrong; the C kernels of a CPU are for fp32."""
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return (torch.float32,)
-    if device.type == "cpu":
-        return torch.float32, torch.float16
-    return torch.bfloat16, torch.float16, torch.float32
-
-
 def rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item() if x.numel() else 0.0
 
@@ -428,10 +399,10 @@ def rms(x: Tensor) -> float:
 def relative_errors(ours: Tensor, plain: Tensor, exact: Tensor) -> tuple[float, float, float]:
     """Error of ours, of plain, and the most that is allowed, each as a share of rms(exact). Infinite for non-finite ours."""
     if not ours.is_floating_point():
-        return float((ours.cpu() != exact.cpu()).double().mean()), 0.0, 0.0
-    e = exact.double().cpu()
+        return float((ours != exact).double().mean()), 0.0, 0.0
+    e = exact.double()
     scale = rms(e) or 1.0
-    mine, theirs = rms(ours.double().cpu() - e) / scale, rms(plain.double().cpu() - e) / scale
+    mine, theirs = rms(ours.double() - e) / scale, rms(plain.double() - e) / scale
     return mine if math.isfinite(mine) else math.inf, theirs, 2 * theirs + torch.finfo(torch.float32).eps
 
 
@@ -439,42 +410,39 @@ def _tuple(outputs: Outputs) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
-def verdict(op: str, check: Check, device: torch.device, seed: int) -> dict[str, Any]:
-    """{"op", "error": None or what is wrong first, "seconds", "cases": one row an output}."""
+def verdict(op: str, check: Check, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    """{"op", "dtype", "error": None or what is wrong first, "seconds", "cases": one row an output}."""
     began = time.perf_counter()
     rows: list[dict[str, Any]] = []
     error = None
-    for dtype in dtypes(device):
-        for (label, *outputs), (_, again, _, _) in zip(check(device, dtype, seed), check(device, dtype, seed), strict=True):
-            ours, plain, exact = map(_tuple, outputs)
-            for i, (o, p, e, o2) in enumerate(zip(ours, plain, exact, _tuple(again), strict=True)):
-                name = str(dtype).removeprefix("torch.")
-                where = f"{label}, output {i}, {name}"
-                if o.shape != e.shape:
-                    error = error or f"{where}: shape {tuple(o.shape)}, not {tuple(e.shape)}"
-                    continue
-                mine, theirs, allowed = relative_errors(o, p, e)
-                same = torch.equal(o, o2)
-                shown = mine if math.isfinite(mine) else None  # JSON has no infinity
-                numbers = {"error": shown, "plain": theirs, "allowed": allowed, "same_bits": same}
-                rows.append({"case": f"{label}, output {i}", "dtype": name, **numbers})
-                if not mine <= allowed:
-                    error = error or f"{where}: relative error {mine:.1e}, allowed {allowed:.1e}"
-                elif not same:
-                    error = error or f"{where}: two runs gave different bits"
+    for (label, *outputs), (_, again, _, _) in zip(check(device, dtype, seed), check(device, dtype, seed), strict=True):
+        ours, plain, exact = map(_tuple, outputs)
+        for i, (o, p, e, o2) in enumerate(zip(ours, plain, exact, _tuple(again), strict=True)):
+            where = f"{label}, output {i}"
+            if o.shape != e.shape:
+                error = error or f"{where}: shape {tuple(o.shape)}, not {tuple(e.shape)}"
+                continue
+            mine, theirs, allowed = relative_errors(o, p, e)
+            same = torch.equal(o, o2)
+            shown = mine if math.isfinite(mine) else None  # JSON has no infinity
+            rows.append({"case": where, "error": shown, "plain": theirs, "allowed": allowed, "same_bits": same})
+            if not mine <= allowed:
+                error = error or f"{where}: relative error {mine:.1e}, allowed {allowed:.1e}"
+            elif not same:
+                error = error or f"{where}: two runs gave different bits"
     if not rows:
         error = error or "its check has no cases"
-    return {"op": op, "error": error, "seconds": time.perf_counter() - began, "cases": rows}
+    return {"op": op, "dtype": name_of(dtype), "error": error, "seconds": time.perf_counter() - began, "cases": rows}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ops", default="", help="comma-separated; default: all")
-    parser.add_argument("--checks", default=dispatch.CHECKS, help="module:NAME of the dict of checks")
+    parser.add_argument("--ops", default="", help="comma-separated, each an op or op:dtype; default: all in every dtype")
+    parser.add_argument("--checks", default=CHECKS_NAME, help="module:NAME of the dict of checks")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs")
     options = parser.parse_args(arguments)
-    limit = math.ceil(dispatch._seconds_per_op()) + GRACE
+    limit = math.ceil(seconds_per_task()) + GRACE
     # A reference that asks the dispatcher must get plain PyTorch, and start no self-check of its own.
     os.environ["TINYLORA_BACKEND"] = "addmm"
     module, name = options.checks.split(":")
@@ -484,9 +452,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*deterministic")
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
     print(json.dumps({"op": "start"}), flush=True)
-    for op in options.ops.split(",") if options.ops else checks:
-        signal.alarm(limit)  # should the parent have been killed, nobody else ends a hung kernel
-        print(json.dumps(verdict(op, checks[op], device, options.seed)), flush=True)
+    for said in options.ops.split(",") if options.ops else checks:
+        op, _, only = said.partition(":")
+        for dtype in [getattr(torch, only)] if only else dtypes(op, device):
+            signal.alarm(limit)  # should the parent have been killed, nobody else ends a hung kernel
+            print(json.dumps(verdict(op, checks[op], device, dtype, options.seed)), flush=True)
 
 
 if __name__ == "__main__":
