@@ -215,6 +215,49 @@ def _varlen() -> tuple[Any, dict[str, Any]]:
     return varlen_attn, {"window_size": (-1, 0), **gqa}
 
 
+class _StrictFrom(torch.autograd.Function):
+    """x as it is; from its backward on, nondeterministic operations are refused. `held` keeps the mode before."""
+
+    @staticmethod
+    def forward(ctx, x, held):  # type: ignore[no-untyped-def]
+        ctx.held = held
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):  # type: ignore[no-untyped-def]
+        ctx.held.append((torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()))
+        torch.use_deterministic_algorithms(True)
+        return dx, None
+
+
+class _StrictUntil(torch.autograd.Function):
+    """q, k and v as they are; their backward brings back the mode that `held` keeps."""
+
+    @staticmethod
+    def forward(ctx, held, q, k, v):  # type: ignore[no-untyped-def]
+        ctx.held = held
+        return q.view_as(q), k.view_as(k), v.view_as(v)
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        enabled, warn_only = ctx.held.pop()
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        return None, *grads
+
+
+def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Packing) -> Tensor:
+    """The library's, its backward alone in strict deterministic mode: with warn_only it warns, and adds dq up by atomics,
+    whose order shows from 257 keys on (read in PyTorch 2.11 and 2.13)."""
+    rows, ends_q, ends_k, longest_q, longest_k = layout.varlen
+    if layout.prefixes:
+        k, v = k.index_select(0, rows), v.index_select(0, rows)
+    held: list[tuple[bool, bool]] = []
+    q, k, v = _StrictUntil.apply(held, q.contiguous(), k.contiguous(), v.contiguous())
+    attention, options = _varlen()
+    out = attention(q, k, v, ends_q, ends_k, longest_q, longest_k, **options)
+    return _StrictFrom.apply(out, held)
+
+
 def packed_attention(
     q: Tensor,  # (T, H, D)
     k: Tensor,  # (T, Hkv, D)
@@ -223,12 +266,7 @@ def packed_attention(
 ) -> Tensor:  # (T, H, D)
     """Causal attention inside each of the packed sequences and suffixes, with gradients for q, k and v."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        rows, ends_q, ends_k, longest_q, longest_k = layout.varlen
-        if layout.prefixes:
-            k, v = k.index_select(0, rows), v.index_select(0, rows)
-        attention, options = _varlen()
-        out: Tensor = attention(q.contiguous(), k.contiguous(), v.contiguous(), ends_q, ends_k, longest_q, longest_k, **options)
-        return out
+        return _varlen_attention(q, k, v, layout)
     if _plain(q, layout.most_keys, layout) and dispatch.runs_native("packed_attention", q, q.shape[2] // 2):
         return _NativeAttention.apply(q, k, v, layout)
     split = layout.split

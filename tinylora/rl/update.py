@@ -146,18 +146,22 @@ def _descended(loss: PartLoss, part: list[int], device: torch.device) -> Callabl
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """On a GPU the library's attention adds its gradients in a fixed order only where it is told to."""
+    """On a GPU rows that are gathered get their gradients in a fixed order only where the library is told to.
+
+    Operations that have no such order stay allowed; attention's own backward is stricter (`attention`).
+    """
     if device.type != "cuda":
         yield
         return
     settings: Any = torch.utils.deterministic
     before, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     settings.fill_uninitialized_memory = False  # or every allocation costs a pass over it
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
         settings.fill_uninitialized_memory = fill
 
 
