@@ -1,5 +1,6 @@
 """What the benchmarks share: a machine card, quantiles, timing in turns, the rates that floors are computed from."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -21,10 +22,17 @@ from tinylora.kernels.correction import onednn_linear
 ROUND_SECONDS = 0.25  # least length of a CPU round: the kernel tells who used the cores in ticks of 10 ms
 
 
+def commit() -> str | None:
+    """The checkout's, by git or, where that is not installed, by TINYLORA_COMMIT; None where neither says."""
+    said = os.environ.get("TINYLORA_COMMIT", "")
+    with contextlib.suppress(FileNotFoundError):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout or said
+    return said.strip() or None
+
+
 def card() -> dict[str, Any]:
     """Who measured: processor or GPU, threads, versions, commit."""
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -41,7 +49,7 @@ def card() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "triton": triton,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
     }
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 import tinylora
 from tinylora.adapter import Adapter, base_hash
@@ -260,6 +259,8 @@ def samples(task: str, rows: list[Row], text: Text, policies: dict[str, Scored])
 
 
 def main(arguments: list[str]) -> int:
+    import tyro  # the commands' alone, as in `train`
+
     c = tyro.cli(EvaluateConfig, args=arguments, prog="python -m tinylora.evaluate")
     names = c.dataset or (("builtin" if c.model in BUILTIN_MODELS else "gsm8k"),)
     tasks = {name: load_task(name, None if name == "builtin" else c.data, c.prompt_style, ("test",)) for name in names}

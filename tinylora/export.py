@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -247,6 +246,8 @@ def find(adapter: str) -> Path:
 
 
 def main(arguments: list[str]) -> int:
+    import tyro  # the commands' alone, as in `train`
+
     print(json.dumps(export(tyro.cli(ExportConfig, args=arguments, prog="python -m tinylora.export"))))
     return 0
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from tinylora.adapter import Adapter
@@ -94,6 +93,8 @@ class Printer:
 
 
 def main(arguments: list[str]) -> int:
+    import tyro  # the commands' alone, as in `train`
+
     c = tyro.cli(GenerateConfig, args=arguments, prog="python -m tinylora.generate")
     prompts = list(c.prompt)
     if c.file is not None:

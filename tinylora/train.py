@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from tinylora.cli import read_settings, run_command, split_flag
 from tinylora.errors import InputError
 from tinylora.model.loader import resolve_model
@@ -15,9 +13,13 @@ from tinylora.rl.plan import dry_run, first_row
 from tinylora.rl.text import Text
 from tinylora.rl.trainer import Trainer
 
+ALIASES = {"--eval-every": "--eval-steps"}
+
 
 def parse(arguments: list[str]) -> TrainConfig:
     """Flags over the --config file over, with --resume, the run's own settings, over the model's preset."""
+    import tyro  # the commands' alone: the trainer is imported where it is not installed
+
     arguments = [dashed(a) for a in arguments]
     path, arguments = split_flag(arguments, "--config")
     output_dir, _ = split_flag(arguments, "--output-dir")
@@ -36,9 +38,12 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 
 def dashed(argument: str) -> str:
-    """--output_dir=a_b as --output-dir=a_b; anything that is no flag as it is."""
+    """--output_dir=a_b as --output-dir=a_b, a flag's other name as the flag; anything that is no flag as it is."""
     name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+    if not name.startswith("--"):
+        return argument
+    name = name.replace("_", "-")
+    return ALIASES.get(name, name) + equals + value
 
 
 def _stored_settings(path: Path) -> dict[str, Any]:

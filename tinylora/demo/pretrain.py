@@ -10,10 +10,9 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -102,17 +101,24 @@ def careful_nll(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, str
 
 
 def pretrain(
-    output_dir: Annotated[Path, tyro.conf.arg(aliases=["--output"], help="where the base is written, in Hugging Face layout")],
-    steps: Annotated[int, tyro.conf.arg(help="optimizer steps")] = 6000,
-    batch_size: Annotated[int, tyro.conf.arg(help="examples per step")] = 64,
-    learning_rate: Annotated[float, tyro.conf.arg(help="AdamW peak, with linear warm-up and decay to zero")] = 3e-3,
-    size: Annotated[
-        Literal["small", "medium", "large"], tyro.conf.arg(help="small is --model builtin, medium builtin-medium")
-    ] = "small",
-    seed: Annotated[int, tyro.conf.arg(help="of the weights and the examples")] = 0,
+    output_dir: Path,
+    steps: int = 6000,
+    batch_size: int = 64,
+    learning_rate: float = 3e-3,
+    size: Literal["small", "medium", "large"] = "small",
+    seed: int = 0,
 ) -> None:
     """Pretrain a base model on the CPU and write it to --output-dir, for --model DIR --dataset builtin. All steps of small take
-    about 30 minutes of one core, of medium 2.4 and of large 3.5 times that (ratios of 40 steps)."""
+    about 30 minutes of one core, of medium 2.4 and of large 3.5 times that (ratios of 40 steps).
+
+    Args:
+        output_dir: where the base is written, in Hugging Face layout
+        steps: optimizer steps
+        batch_size: examples per step
+        learning_rate: AdamW peak, with linear warm-up and decay to zero
+        size: small is --model builtin, medium builtin-medium
+        seed: of the weights and the examples
+    """
     hidden, layers = SIZES[size]
     torch.manual_seed(seed)
     rng, began = random.Random(seed), time.perf_counter()
@@ -153,4 +159,6 @@ def pretrain(
 
 
 if __name__ == "__main__":
+    import tyro  # the commands' alone, as in `train`
+
     tyro.cli(pretrain)

@@ -1,9 +1,7 @@
 """Every setting of a training run. Names are TRL's and PEFT's where the same thing exists there."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from tinylora.adapter import TinyLoRAConfig
 from tinylora.errors import InputError
@@ -147,8 +145,9 @@ class TrainConfig:
 
     eval_size: int = 1024
     """Held-out problems scored before the first and after the last step; 0: no evaluation."""
-    eval_steps: Annotated[int, tyro.conf.arg(aliases=["--eval-every"])] = 0
-    """Every so many steps score --validation-size held-out training rows and keep the best adapter in best/; 0: never."""
+    eval_steps: int = 0
+    """Every so many steps (also --eval-every) score --validation-size held-out training rows and keep the best adapter in
+    best/; 0: never."""
     validation_size: int = 256
     """Training rows that --eval-steps holds out and scores. The test rows choose nothing."""
     dead_steps: int = 10

@@ -46,11 +46,12 @@ class Share:
         return len(self.prompts) * self.trainer.config.num_generations
 
     def take(self, i: int, completion: Completion) -> None:
-        """Read completion i, and send it to be graded."""
+        """Read completion i, and send it to be graded: not to processes that the user's own reward does not ask."""
         self.answers[i] = self.trainer.text.decode(completion.tokens)
-        if self.trainer.grader is not None:
+        grader = self.trainer.grader
+        if grader is not None and (self.trainer.reward is None or grader.pool is None):
             row = self.rows[i // self.trainer.config.num_generations]
-            self.verdicts[i] = self.trainer.grader.submit(self.answers[i], row)
+            self.verdicts[i] = grader.submit(self.answers[i], row)
 
     @property
     def advantages(self) -> Advantages:
