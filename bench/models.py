@@ -1,26 +1,28 @@
-"""Models for benchmarks: the built-in one, and random weights at Qwen2.5-0.5B's or 7B's shapes, which need no download."""
+"""Models for benchmarks: the built-in one, and random weights at Qwen2.5's shapes, which need no download."""
 
 import json
 import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from tinylora.model.loader import BUILTIN
+from tinylora.adapter import Adapter, Base, Parts, TinyLoRAConfig, projection_of
+from tinylora.model.config import ModelConfig
+from tinylora.model.decoder import Decoder
+from tinylora.model.loader import BUILTIN, build_decoder
 
 SHAPES = {  # hidden, intermediate, layers, heads, kv_heads, vocabulary, tied head
+    "tiny": (128, 320, 2, 4, 2, 1000, False),
     "qwen0.5b": (896, 4864, 24, 14, 2, 151936, True),
     "qwen7b": (3584, 18944, 28, 28, 4, 152064, False),
 }
 
 
-def model_directory(name: str, scratch: Path, dtype: torch.dtype) -> Path:
-    """A directory with the model and the built-in tokenizer; its end tokens are never likelier than any other."""
-    if name == "builtin":
-        return BUILTIN
+def qwen2_config(name: str) -> Qwen2Config:
     hidden, ffn, layers, heads, kv_heads, vocab, tied = SHAPES[name]
-    config = Qwen2Config(
+    return Qwen2Config(
         hidden_size=hidden,
         intermediate_size=ffn,
         num_hidden_layers=layers,
@@ -30,6 +32,50 @@ def model_directory(name: str, scratch: Path, dtype: torch.dtype) -> Path:
         tie_word_embeddings=tied,
         max_position_embeddings=4096,
     )
+
+
+class _Drawn:
+    """In the place of a checkpoint: tensors drawn on the device, where 7 billion numbers take a second."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.digests: dict[str, str] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        self.digests[name] = name
+        if "norm" in name:
+            return torch.ones(shape, device=self.device, dtype=self.dtype)
+        return torch.empty(shape, device=self.device, dtype=self.dtype).normal_(0, 0.02)
+
+
+def random_decoder(name: str, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """Random weights of SHAPES[name]: no CPU's generator, no file. Its path names no directory."""
+    return build_decoder(ModelConfig.from_dict(qwen2_config(name).to_dict()), _Drawn(device, dtype), Path(name))
+
+
+def random_adapter(model: Decoder) -> Adapter:
+    """13 numbers tied over all layers, at 0.01; factors are drawn, of a weight's scale: no SVD."""
+    config = TinyLoRAConfig(u=13, n_tie="all")
+    base = Base.of_decoder(model)
+    names = base.targets(config.target_modules)
+
+    def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
+        (n, k), top = weight.shape, 0.02 * (weight.shape[0] ** 0.5 + weight.shape[1] ** 0.5)  # of a random matrix
+        A, B = torch.empty(config.r, k, device=weight.device), torch.empty(n, config.r, device=weight.device)
+        return A.normal_(0, k**-0.5), B.normal_(0, top * n**-0.5)
+
+    projections = {name: projection_of(config, name) for name in names}
+    adapter = Adapter(model, config, Parts(config.tie(names), projections, {n: factors(base.weights[n]) for n in names}))
+    with torch.no_grad():
+        adapter.v.fill_(0.01)
+    return adapter
+
+
+def model_directory(name: str, scratch: Path, dtype: torch.dtype) -> Path:
+    """A directory with the model and the built-in tokenizer; its end tokens are never likelier than any other."""
+    if name == "builtin":
+        return BUILTIN
+    config = qwen2_config(name)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     path = scratch / name
@@ -37,7 +83,7 @@ def model_directory(name: str, scratch: Path, dtype: torch.dtype) -> Path:
     for file in BUILTIN.glob("tokenizer*"):
         shutil.copy(file, path)
     shutil.copy(BUILTIN / "chat_template.jinja", path)
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": vocab - 1}))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": config.vocab_size - 1}))
     return path
 
 

@@ -295,7 +295,7 @@ def test_on_a_gpu_only_what_has_passed_runs(monkeypatch: pytest.MonkeyPatch, cap
     found = {(op, "bfloat16"): {"op": op, "error": error} for op, error in (("good", None), ("bad", "wrong"), ("wide", None))}
     found["wide", "float32"] = {"op": "wide", "error": "wrong"}
     asked = []
-    monkeypatch.setattr(dispatch, "cached_or_checked", lambda device, checks: asked.append((device, checks)) or dict(found))
+    monkeypatch.setattr(dispatch, "cached_or_checked", lambda device, checks, _: asked.append((device, checks)) or dict(found))
     for _ in range(3):
         assert runs_triton("good", rows_on(GPU))
         assert not runs_triton("bad", rows_on(GPU))
@@ -386,7 +386,7 @@ def test_the_cuda_backend_asks_for_a_library_and_its_proof(
     monkeypatch.setenv("TINYLORA_BACKEND", "cuda")
     asked, compiled, error = [], [], None
 
-    def checked(_: torch.device, checks: str) -> dict[str, dict]:
+    def checked(_: torch.device, checks: str, watch: object) -> dict[str, dict]:
         asked.append(checks)
         op = "decode_linear" if checks == dispatch.CUDA_CHECKS else "swiglu"
         return {(op, "bfloat16"): {"op": op, "error": error}}

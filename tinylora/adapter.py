@@ -168,7 +168,7 @@ def draw_parts(config: TinyLoRAConfig, base: Base) -> Parts:
     first = next(iter(weights.values()))
     key = _hash(*(base.digests.get(f"{name}.weight", "") for name in weights), str(first.dtype))
     factors = compute_basis(weights, config.r, key, config.basis)
-    return Parts(config.tie(list(weights)), {name: _projection(config, name) for name in weights}, factors)
+    return Parts(config.tie(list(weights)), {name: projection_of(config, name) for name in weights}, factors)
 
 
 class Adapter:
@@ -284,7 +284,7 @@ def stored(v: Tensor, config: TinyLoRAConfig) -> Tensor:
     return v + (rounded - v).detach()
 
 
-def _projection(config: TinyLoRAConfig, module: str) -> Tensor:
+def projection_of(config: TinyLoRAConfig, module: str) -> Tensor:
     """P (u, r, r) of one module. Its stream is named by the seed and the module's place among all seven projections of
     every layer, so that adapting fewer modules does not change the others' P; other modules are named by their names."""
     if config.projection == "identity":

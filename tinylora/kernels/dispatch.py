@@ -102,8 +102,12 @@ def _proven(op: str, x: Tensor, compiled: bool = False) -> bool:
     return verdicts[task]["error"] is None
 
 
-def prove(device: torch.device, checks: str = CHECKS) -> dict[Task, Verdict]:
-    """The verdict on every op and dtype of `checks` ("module:NAME") on a device: this process's, the cache's, or children's.
+def prove(
+    device: torch.device,
+    checks: str = CHECKS,  # "module:NAME"
+    watch: Callable[[Verdict], None] = lambda _: None,  # called with each of the children's as it comes
+) -> dict[Task, Verdict]:
+    """The verdict on every op and dtype of `checks` on a device: this process's, the cache's, or children's.
 
     Takes a minute or two where the cache has none, and says so on stderr first: call it at start, before any CUDA graph is
     captured. Nothing where the backend is plain PyTorch; where it is cuda, the CUDA C++ kernels are compiled and proven too.
@@ -116,11 +120,11 @@ def prove(device: torch.device, checks: str = CHECKS) -> dict[Task, Verdict]:
     if _wants_native(device.type) and checks == CHECKS:
         checks = NATIVE_CHECKS
     known = _verdicts.setdefault(device, {})
-    found = {} if known else _checked(device, checks)
+    found = {} if known else _checked(device, checks, watch)
     if device.type == "cuda" and backend("cuda") == "cuda" and checks == CHECKS:
         known |= found
         if not any(op == "decode_linear" for op, _ in known):
-            found |= _checked(device, CUDA_CHECKS)
+            found |= _checked(device, CUDA_CHECKS, watch)
     known |= found
     failed: dict[str, dict[str, str]] = {}  # op -> dtype -> what is wrong
     for (op, dtype), verdict in found.items():
@@ -131,7 +135,7 @@ def prove(device: torch.device, checks: str = CHECKS) -> dict[Task, Verdict]:
     return known
 
 
-def _checked(device: torch.device, checks: str) -> dict[Task, Verdict]:
+def _checked(device: torch.device, checks: str, watch: Callable[[Verdict], None]) -> dict[Task, Verdict]:
     """What has to be compiled by a compiler of the machine is compiled here, not in a child, whose time is limited."""
     from tinylora.kernels import build  # not above: it is a command too, and the package must not have imported it by then
 
@@ -149,7 +153,7 @@ def _checked(device: torch.device, checks: str) -> dict[Task, Verdict]:
         except BuildError as error:
             print(f"tinylora: no C kernels on the CPU, plain PyTorch takes their place: {error}", file=sys.stderr)
             return none("it was not compiled", told=True)
-    return cached_or_checked(device, checks)
+    return cached_or_checked(device, checks, watch)
 
 
 def _report(op: str, errors: dict[str, str], device: torch.device) -> None:

@@ -59,7 +59,7 @@ def tasks_of(checks: str, device: torch.device) -> list[Task]:
     return [(op, name_of(dtype)) for op in every for dtype in dtypes(op, device)]
 
 
-def cached_or_checked(device: torch.device, checks: str) -> dict[Task, Verdict]:
+def cached_or_checked(device: torch.device, checks: str, watch: Callable[[Verdict], None]) -> dict[Task, Verdict]:
     conditions, tasks = _conditions(device, checks), tasks_of(checks, device)
     key = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir() / f"self-check-{key}.jsonl"
@@ -80,6 +80,7 @@ def cached_or_checked(device: torch.device, checks: str) -> dict[Task, Verdict]:
     def found(verdict: Verdict, says_something: bool) -> None:
         nonlocal unwritable
         verdicts[verdict["op"], verdict["dtype"]] = verdict
+        watch(verdict)
         if says_something:  # a child that could not even start, or had no memory, says nothing about the kernel
             try:
                 _append(path, conditions, verdict)

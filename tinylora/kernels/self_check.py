@@ -9,12 +9,14 @@ because a CUDA error poisons everything after it; `proof` starts a new one for w
 """
 
 import argparse
+import ctypes
 import dataclasses
 import importlib
 import json
 import math
 import os
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -442,6 +444,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--checks", default=CHECKS_NAME, help="module:NAME of the dict of checks")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs")
     options = parser.parse_args(arguments)
+    if sys.platform == "linux":  # a killed parent's child would go on compiling beside whatever runs next
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     limit = math.ceil(seconds_per_task()) + GRACE
     # A reference that asks the dispatcher must get plain PyTorch, and start no self-check of its own.
     os.environ["TINYLORA_BACKEND"] = "addmm"
