@@ -36,7 +36,7 @@ def test_its_self_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong_cases(kernel) -> set[str]:  # type: ignore[no-untyped-def]
         monkeypatch.setattr(module, "decode_linear_cuda", kernel)
-        cases = self_check.decode_linear_check(CPU, torch.bfloat16, 0)
+        cases = list(self_check.decode_linear_check(CPU, torch.bfloat16, 0))
         assert len(cases) == 10
         errors = {label: self_check.relative_errors(ours, plain, exact) for label, ours, plain, exact in cases}
         return {label for label, (mine, _, allowed) in errors.items() if mine > allowed}
@@ -49,7 +49,7 @@ def test_its_self_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(label.endswith("residual") for label in no_residual) and len(no_residual) == 3
     one_adapter = lambda x, g, c, r, s: decode_linear_ref(x, g, c and Correction(c.A, c.Bt, c.M), r, s)  # noqa: E731
     assert len(wrong_cases(one_adapter)) == 5
-    assert not self_check.decode_linear_check(CPU, torch.float32, 0)
+    assert not list(self_check.decode_linear_check(CPU, torch.float32, 0))
 
 
 def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

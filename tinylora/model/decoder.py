@@ -122,7 +122,7 @@ class KVCache:
             rows = rows.transpose(1, 2)  # (layers, kv_heads, tokens, head_dim)
             for i, page in enumerate(pages):
                 cells[:, page] = rows[:, :, i * self.page_size : (i + 1) * self.page_size]
-            if run:
+            if n and run:
                 cells[:, first : first + n, :, : rows.shape[2]] = rows[:, None]
             else:
                 for page in tails:
