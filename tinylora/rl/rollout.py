@@ -1,8 +1,9 @@
 """Rollout: completions of prompts under the adapted model, with continuous refill, and with the update's own operations.
 
 The scheduler says which sequence is in which slot; the slots decode; between bursts of steps the host looks who has ended.
-Nothing is merged or copied: the adapter is a handful of numbers per row. Which rows share a batch never changes what they
-sample: slots, pages, order of admission and prompt sharing are matters of speed alone.
+Nothing is merged or copied: the adapter is a handful of numbers per row. Which rows share a batch does not enter what they
+sample: slots, pages, order of admission and prompt sharing are matters of speed alone. On a CPU that holds to the bit; on a GPU
+cuBLAS takes other kernels at other row counts, so a row's bits, and tokens that all but tie, change with the bucket.
 """
 
 import dataclasses
