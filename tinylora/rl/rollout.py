@@ -16,6 +16,7 @@ from torch import Tensor
 from tinylora.errors import InputError
 from tinylora.kernels import native
 from tinylora.kernels.frozen_linear import NARROW
+from tinylora.kernels.linear import fp32_sums
 from tinylora.kernels.sampling import uniforms
 from tinylora.model.decoder import Decoder, KVCache, Matrices
 from tinylora.rl.scheduler import Running, Scheduler
@@ -49,6 +50,7 @@ class Usage:
 
 
 @torch.inference_mode()
+@fp32_sums()
 def rollout(
     model: Decoder,
     matrices: Matrices | None,
