@@ -290,7 +290,7 @@ class Decoder:
         matrices: Matrices | None = None,
         row_adapter: Tensor | None = None,  # (T,)
         prefixes: Sequence[int] = (),  # for each of the last len(prefixes) lengths, a suffix: the sequence it continues
-        kept: list[tuple[Tensor, Tensor]] | None = None,  # gets each layer's keys and values, (T, kv_heads, head_dim)
+        kept: tuple[Tensor, Tensor] | None = None,  # gets keys and values, (layers, T, kv_heads, head_dim) each
     ) -> Tensor:  # (T, hidden)
         """Hidden states of whole sequences: scoring, update, and prefill where keys and values are kept.
 
@@ -301,8 +301,8 @@ class Decoder:
 
         def attend(layer: int, qkv: Tensor, b: Block) -> tuple[Tensor, Tensor | None]:
             q, k, v = (x[:rows] for x in rope(qkv, b.cos, b.sin, b.heads, b.qkv))
-            if kept is not None:
-                kept.append((k, v))
+            if kept is not None:  # as copies: k and v are parts of the tensor that q is in
+                kept[0][layer], kept[1][layer] = k, v
             out = pad_rows(packed_attention(q, k, v, layout).flatten(1))
             return out, None if b.o is None else shrink(out, b.o)
 

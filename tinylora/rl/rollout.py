@@ -239,11 +239,9 @@ class _Rollout:
         if self.adapters > 1:
             own = torch.tensor([self.row_adapter[g] for g in groups], device=device)
             adapter = own.repeat_interleave(torch.tensor(lengths, device=device))
-        layers: list[tuple[Tensor, Tensor]] = []
-        self.model.packed(
-            torch.tensor([t for p in parts for t in p], device=device), lengths, self.matrices, adapter, kept=layers
-        )
-        keys, values = (torch.stack(x) for x in zip(*layers, strict=True))  # (layers, T, Hkv, D)
+        c, tokens = self.model.config, torch.tensor([t for p in parts for t in p], device=device)  # (T,)
+        keys, values = self.model.embedding.new_empty(2, c.num_layers, len(tokens), c.num_kv_heads, c.head_dim)
+        self.model.packed(tokens, lengths, self.matrices, adapter, kept=(keys, values))
         for (g, pages), k, v in zip(groups.items(), keys.split(lengths, 1), values.split(lengths, 1), strict=True):
             full = len(pages) * self.cache.page_size
             if pages:
