@@ -128,6 +128,15 @@ class KVCache:
                 for page in tails:
                     cells[:, page, :, : rows.shape[2]] = rows
 
+    def write_table(self, rows: Sequence[Sequence[int]]) -> None:
+        """The pages of the first slots, those of each in their order."""
+        assert self.table is not None
+        slots, most = self.table.shape
+        rubbish = self.keys.shape[1] - 1
+        full = [[*row, *[rubbish] * (most - len(row))] for row in [*rows, *[[]] * (slots - len(rows))]]
+        # pinned, or the copy would wait for the device
+        self.table.copy_(torch.tensor(full, dtype=torch.int32, pin_memory=self.table.is_cuda), non_blocking=True)
+
     def move(self, moves: Sequence[tuple[int, int]], longest: int) -> None:
         """Without a table: copy the first `longest` positions of slots to others, (from, to) each."""
         for cells in (self.keys, self.values):

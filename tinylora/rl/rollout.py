@@ -124,6 +124,7 @@ class _Rollout:
         if model.capacity is not None:
             if capacity > model.capacity:
                 raise InputError(f"--exact was prepared for {model.capacity} tokens a sequence, and one may have {capacity}")
+        self.table_rows: list[list[int]] | None = None  # the pages of each slot, as the table has them; None: of a call before
             capacity = model.capacity
         count = min(slots or MOST_SLOTS[kind], len(self.prompts) * self.generations)
         paged = kind != "cpu" or page_size is not None
@@ -274,13 +275,10 @@ class _Rollout:
         self.prompt_rows = {g: x for g, x in self.prompt_rows.items() if s.groups[g].pages is not None}
 
     def _write_table(self) -> None:
-        table = self.cache.table
-        assert table is not None
         rows = [[] if r is None else r.shared + r.own for r in self.scheduler.running]
-        rubbish = self.cache.keys.shape[1] - 1
-        most = table.shape[1]
-        rows += [[]] * (len(table) - len(rows))
-        table.copy_(torch.tensor([row + [rubbish] * (most - len(row)) for row in rows], dtype=torch.int32))
+        if rows != self.table_rows:
+            self.cache.write_table(rows)
+            self.table_rows = rows
 
     # ---- the end of sequences -------------------------------------------------------------------------------------------
 
