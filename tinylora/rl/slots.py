@@ -86,7 +86,10 @@ class Slots:
                 if correction is not None:
                     correction.refresh()
             return
-        self._matrices = None if matrices is None else [None if m is None else m.detach().clone() for m in matrices]
+        # Contiguous, as kernels read them (`correction.arguments`): several adapters' come as slices of one tensor.
+        plain = torch.contiguous_format
+        held = [None if m is None else m.detach().clone(memory_format=plain) for m in matrices or []]
+        self._matrices = None if matrices is None else held
         self._corrections = {}
 
     def corrections(self, bucket: int) -> Sequence[Correction | None]:
