@@ -14,6 +14,7 @@ from tinylora.kernels import build, dispatch, self_check
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model import load_model
 from tinylora.rl.rollout import Sampling, rollout
+from tinylora.rl.slots import Slots
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -134,3 +135,25 @@ def test_rollout(tiny_model, monkeypatch):
             hidden = model.packed(sequence[:-1], [len(sequence) - 1], matrices)[len(prompt) - 1 :]
             logp, _ = token_logprobs(hidden, model.head, sequence[len(prompt) :])
         torch.testing.assert_close(logp.cpu(), torch.tensor(c.logprobs), rtol=0, atol=1e-4)
+
+
+def test_graphs_are_kept(tiny_model, monkeypatch):
+    """A step's and those of an evaluation, sampled and greedy, of adapter and base, over one room: the second round captures
+    nothing, and each samples what a model that was just loaded samples."""
+    monkeypatch.setenv("TINYLORA_BACKEND", "padded")
+    path, captured, capture = tiny_model("qwen2", **SIZES), [], Slots.capture
+    monkeypatch.setattr(Slots, "capture", lambda self, *a: captured.append(self.model) or capture(self, *a))
+
+    def load():
+        model = load_model(str(path), device="cuda", dtype="bfloat16")
+        return model, Adapter(model, TinyLoRAConfig(u=2, n_tie="all"))
+
+    def completions(model, adapter, v, s):
+        matrices = None if v is None else adapter.matrices(torch.full((1, 2), v, device="cuda"))
+        return rollout(model, matrices, [[5, 6, 7], [8]], 4, s, cache_bytes=1 << 24)
+
+    kept = load()
+    for v in (0.2, -0.4):
+        for each, s in ((v, Sampling(12)), *((x, s) for s in (Sampling(8), Sampling(8, 0.0)) for x in (v, None))):
+            assert completions(*kept, each, s) == completions(*load(), each, s)
+        assert sum(model is kept[0] for model in captured) == 3

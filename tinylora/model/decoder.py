@@ -184,9 +184,7 @@ class Decoder:
         self.config, self.embedding, self.layers, self.norm, self.head = config, embedding, layers, norm, head
         self.digests, self.path = digests, path
         self.frequencies = rope_frequencies(config).to(embedding.device)
-        # What a rollout leaves for the next: on a GPU (what they are for, slots with their graphs), on a CPU its cache's room.
-        self.kept_slots: Any = None
-        self.kept_room: Tensor | None = None
+        self.kept: Any = None  # what a rollout leaves for the next, a `slots.Kept`; None while one runs
         self.capacity: int | None = None  # keys that every attention covers, for `--exact`; None: as many as it needs
 
     @property
@@ -215,6 +213,8 @@ class Decoder:
 
     def pack_factors(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Put the factors A (r, K), B (N, r) of the named modules beside their weights; others have no correction."""
+        if self.kept is not None:
+            self.kept.slots.clear()  # their graphs read the factors before
         for i, layer in enumerate(self.layers):
             for names, group in zip(GROUPS, layer.groups, strict=True):
                 segments = [factors.get(module_name(i, n)) for n in names]
@@ -222,6 +222,16 @@ class Decoder:
                 group.unpack()
                 if any(s is not None for s in segments):
                     group.pack(segments, [self.config.shape(n)[0] for n in names], self.narrow)
+
+    def zero_matrices(self) -> Matrices | None:
+        """M = 0 (1, segments, r, r) for every group that holds factors; None where none does. On a GPU, where no segments are
+        added for the sake of `narrow`."""
+        matrices: list[Tensor | None] = []
+        for layer in self.layers:
+            for names, group in zip(GROUPS, layer.groups, strict=True):
+                r = 0 if group.A is None else len(group.A) // len(names)
+                matrices.append(torch.zeros(1, len(names), r, r, device=self.device) if r else None)
+        return matrices if any(m is not None for m in matrices) else None
 
     # ---- forward --------------------------------------------------------------------------------------------------------
 
