@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tinylora import basis
 from tinylora.basis import BASES, compute_basis, control_basis, truncated_svd
@@ -100,6 +101,29 @@ def test_only_the_smaller_side_is_decomposed(shape: tuple[int, int], monkeypatch
     monkeypatch.setattr(torch.linalg, "eigh", lambda m: sides.append(len(m)) or eigh(m))
     truncated_svd(flat(*shape), 2)
     assert sides == [24]
+
+
+def test_a_cpu_decomposes_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On shapes alone: eigh and qr get tensors of the CPU, and what comes of them is back on the GPU."""
+    where = []
+    for name in ("eigh", "qr"):
+        solve = getattr(torch.linalg, name)
+        monkeypatch.setattr(torch.linalg, name, lambda m, solve=solve: where.append(m.device.type) or solve(m))
+    with FakeTensorMode():
+        x = torch.empty(60, 24, dtype=torch.float64, device="cuda")
+        found = [*basis._eigh(x.T @ x), basis._orthonormal(x)]
+    assert where == ["cpu"] * 2 and {f.device.type for f in found} == {"cuda"}
+
+
+@pytest.mark.parametrize("device, most", [("cpu", basis.DENSE), ("cuda", basis.DENSE_ON_GPU)])
+def test_which_sizes_are_dense(device: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(x: Tensor, r: int) -> Tensor:
+        raise InterruptedError
+
+    for size, way in ((most, "_dense"), (most + 1, "_block_lanczos")):
+        with monkeypatch.context() as patch, FakeTensorMode(), pytest.raises(InterruptedError):
+            patch.setattr(basis, way, stop)
+            truncated_svd(torch.empty(3000, size, device=device), 2)
 
 
 def test_too_few_iterations_are_an_error_not_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -340,6 +340,29 @@ def test_graphs_replay_what_runs_eagerly(adapters, tiny_model, monkeypatch):
     assert found[0] == found[1]
 
 
+@gpu_alone
+def test_graphs_are_kept(tiny_model, monkeypatch):
+    """A step's and those of an evaluation, sampled and greedy, of adapter and base, over one room: the second round captures
+    nothing, and each samples what a model that was just loaded samples."""
+    monkeypatch.setenv("TINYLORA_BACKEND", "padded")
+    path, captured, capture = tiny_model("qwen2", **SIZES["small"]), [], Slots.capture
+    monkeypatch.setattr(Slots, "capture", lambda self, *a: captured.append(self.model) or capture(self, *a))
+
+    def load():
+        model = load_model(str(path), str(DEVICE), "bfloat16")
+        return model, Adapter(model, TinyLoRAConfig(u=2, n_tie="all"))
+
+    def completions(model, adapter, v, s):
+        matrices = None if v is None else adapter.matrices(torch.full((1, 2), v, device=DEVICE))
+        return rollout(model, matrices, PROMPTS, 4, s, cache_bytes=1 << 26)
+
+    kept = load()
+    for v in (0.2, -0.4):
+        for each, s in ((v, Sampling(12)), *((x, s) for s in (Sampling(8), Sampling(8, 0.0)) for x in (v, None))):
+            assert completions(*kept, each, s) == completions(*load(), each, s)
+        assert sum(model is kept[0] for model in captured) == 3
+
+
 # ---- training -----------------------------------------------------------------------------------------------------------
 
 

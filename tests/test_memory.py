@@ -1,5 +1,7 @@
 """The memory plan: close to what is measured, kept within what is free, and refused up front where nothing fits."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ from tinylora.errors import InputError
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model import load_model
 from tinylora.model.decoder import KVCache
-from tinylora.rl.memory import activation_bytes, plan_memory
+from tinylora.rl.memory import activation_bytes, cache_bytes, free_bytes, plan_memory
+from tinylora.rl.slots import Kept
 
 
 @pytest.fixture
@@ -48,3 +51,17 @@ def test_it_fits_what_is_free(model):
     with pytest.raises(InputError, match="out of memory before the first step"):
         plan_memory(model, 100, 64, None, free=90 * (per_token + per_position))
     assert "weights" in str(roomy) and "decode step reads" in str(roomy)
+
+
+def test_a_gpus_cache_is_of_what_is_free(monkeypatch):
+    """Half of it where nobody says, and 24 GiB at most; the room of a cache before counts as free, and is taken if it does."""
+    gb, gpu = 1 << 30, SimpleNamespace(device=torch.device("cuda"), kept=None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * gb, 80 * gb))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * gb)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * gb)
+    assert free_bytes(gpu) == 12 * gb and cache_bytes(gpu, 1) == 6 * gb
+    gpu.kept = Kept(torch.empty(gb, dtype=torch.bfloat16, device="meta"))
+    assert free_bytes(gpu) == 14 * gb and cache_bytes(gpu, 2 * gb) == 2 * gb and cache_bytes(gpu, 2 * gb + 1) == 7 * gb
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * gb, 80 * gb))
+    assert cache_bytes(gpu, 3 * gb) == 24 * gb
+    assert cache_bytes(SimpleNamespace(device=torch.device("cpu"), kept=gpu.kept), 1) == 4 * gb

@@ -15,7 +15,7 @@ from tinylora.rl.advantages import compute_advantages
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.memory import MemoryPlan
 from tinylora.rl.rollout import Completion
-from tinylora.rl.update import Batch, update
+from tinylora.rl.update import Batch, _descended, update
 
 GENERATIONS, CAP = 4, 12
 
@@ -221,3 +221,15 @@ def test_out_of_memory_halves_the_microbatch_and_loses_nothing(case, monkeypatch
     with pytest.raises(InputError, match="one completion"):
         update(adapter, batch, c, plan)
     assert torch.equal(adapter.v.grad, before)
+
+
+def test_no_sum_is_rounded_to_half_precision():
+    """While a part's loss and gradient are computed; the process's own setting is put back."""
+    matmul, seen, x = torch.backends.cuda.matmul, [], torch.ones(2, requires_grad=True)
+
+    def loss(part):
+        seen.append(matmul.allow_bf16_reduced_precision_reduction)
+        return x.sum(), None
+
+    _descended(loss, [0], torch.device("cpu"))
+    assert seen == [False] and matmul.allow_bf16_reduced_precision_reduction and torch.equal(x.grad, torch.ones(2))

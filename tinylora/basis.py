@@ -1,9 +1,9 @@
 """The frozen factors of every adapted weight: A = V_r^T (r, K) and B = U_r Sigma_r (N, r) of its truncated SVD.
 
-Never a full SVD. Up to `DENSE` on the smaller side: the Gram matrix in fp64 and eigh. Above: block Lanczos on it without
-forming it. Both are checked against the same residual, because randomised iteration quietly misses flat spectra. In fp64
-the factors, rounded to fp32, hardly depend on the thread count; their bits still may, so adapters compare them by
-tolerance.
+Never a full SVD. Up to `DENSE` on the smaller side, `DENSE_ON_GPU` there: the Gram matrix in fp64 and eigh. Above: block
+Lanczos on it without forming it. Both are checked against the same residual, because randomised iteration quietly misses flat
+spectra. In fp64 the factors, rounded to fp32, hardly depend on the thread count; their bits still may, so adapters compare them
+by tolerance. What is decomposed is small or narrow, and a CPU does that for a GPU too, which would wait on itself.
 
 Two controls keep those singular values and change the directions alone: "bottom" takes the r smallest singular directions,
 "random" takes random orthonormal ones.
@@ -22,6 +22,7 @@ from tinylora import prng
 from tinylora.files import cache_dir, write_safetensors
 
 DENSE = 2048  # smaller sides up to this are solved densely
+DENSE_ON_GPU = 512  # on a GPU block Lanczos is tens of fast products, and the dense problem, a CPU's, grows with the cube
 TOLERANCE = 1e-6  # of sigma_1, on both residuals
 _CACHE_VERSION = 1
 BASES = ("top", "bottom", "random")
@@ -37,7 +38,8 @@ def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
     w = weight.detach().double()
     tall = w.shape[0] >= w.shape[1]
     x = w if tall else w.T  # (big, small): its right singular vectors live on the smaller side
-    small = _dense(x, r) if x.shape[1] <= DENSE else _block_lanczos(x, r)  # (small, r), by falling singular value
+    dense = x.shape[1] <= (DENSE if x.is_cpu else DENSE_ON_GPU)
+    small = _dense(x, r) if dense else _block_lanczos(x, r)  # (small, r), by falling singular value
     # x @ small is (big, r) = singular vectors times sigma. qr, and no division, for weights of a rank below r.
     big, triangle = torch.linalg.qr(x @ small)
     sigma = triangle.diagonal().abs()
@@ -69,9 +71,20 @@ def control_basis(weight: Tensor, r: int, basis: str, name: str) -> tuple[Tensor
     return v.T.float().contiguous(), (u * sigma).float().contiguous()
 
 
+def _eigh(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,) and eigenvectors (n, n) of x (n, n), computed on the CPU."""
+    values, vectors = torch.linalg.eigh(x.cpu())
+    return values.to(x.device), vectors.to(x.device)
+
+
+def _orthonormal(x: Tensor) -> Tensor:
+    """An orthonormal basis (n, k) of the columns of x (n, k), computed on the CPU."""
+    return torch.linalg.qr(x.cpu()).Q.to(x.device)
+
+
 def _dense(x: Tensor, r: int) -> Tensor:
     """The r leading right singular vectors (small, r) of x (big, small), from its Gram matrix."""
-    return torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, :r]
+    return _eigh(x.T @ x)[1].flip(1)[:, :r]
 
 
 def _block_lanczos(x: Tensor, r: int, block: int = 8, most: int = 800) -> Tensor:
@@ -81,13 +94,13 @@ def _block_lanczos(x: Tensor, r: int, block: int = 8, most: int = 800) -> Tensor
     """
     block = max(block, 2 * r)
     start = torch.Generator().manual_seed(0)
-    q = torch.randn(x.shape[1], block, generator=start, dtype=torch.float64).to(x.device)
-    q = torch.linalg.qr(q).Q
+    q = torch.randn(x.shape[1], block, generator=start, dtype=torch.float64)
+    q = _orthonormal(q).to(x.device)
     basis, images = q, x.T @ (x @ q)  # (small, k) each
     while True:
         full = basis.shape[1] + block > min(most, x.shape[1])
         if full or basis.shape[1] // block % 4 == 1:  # the small eigenproblem is not worth solving for every block
-            values, vectors = torch.linalg.eigh(basis.T @ images)
+            values, vectors = _eigh(basis.T @ images)
             top, lam = vectors.flip(1)[:, :r], values.flip(0)[:r]
             ritz = basis @ top
             # |x^T x v - lambda v| / lambda_1 is what the caller's residual, relative to sigma_1, comes to
@@ -96,7 +109,7 @@ def _block_lanczos(x: Tensor, r: int, block: int = 8, most: int = 800) -> Tensor
                 return ritz
         q = images[:, -block:]
         for _ in range(2):  # once is not enough in floating point, nor are two before the qr where q has a lower rank
-            q = torch.linalg.qr(q - basis @ (basis.T @ q)).Q
+            q = _orthonormal(q - basis @ (basis.T @ q))
         basis, images = torch.cat([basis, q], 1), torch.cat([images, x.T @ (x @ q)], 1)
 
 

@@ -134,11 +134,11 @@ def _partial(  # type: ignore[no-untyped-def]
     last = tl.minimum(first + SPLIT, tl.cdiv(length, PAGE))
     for number in range(first, last):
         page = tl.load(table_ptr + slot * most + number).to(tl.int64)
-        base = (page * kv_heads + head) * PAGE * D
-        place = base + j[:, None] * D + d[None, :]
+        base = (page * kv_heads + head) * (PAGE * D)  # int64, and the places in the page int32: 40 registers less
+        place = j[:, None] * D + d[None, :]  # (PAGE, DP)
         inside = (number * PAGE + j < length)[:, None] & (d < D)[None, :]
-        k = tl.load(k_ptr + place, inside, 0.0)  # (PAGE, DP)
-        v = tl.load(v_ptr + place, inside, 0.0)
+        k = tl.load(k_ptr + base + place, inside, 0.0)  # (PAGE, DP)
+        v = tl.load(v_ptr + base + place, inside, 0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (SHARE, PAGE)
         scores = tl.where((number * PAGE + j < length)[None, :], scores, float("-inf"))
         new = tl.maximum(top, tl.max(scores, 1))

@@ -145,7 +145,7 @@ def _tma(  # type: ignore[no-untyped-def]
             else:
                 w = w_desc.load([column * BLOCK_N, start])
                 tile = tl.dot(x, w.T, tile)
-        rows = row * BLOCK_T + tl.arange(0, BLOCK_T)
+        rows = row.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # times a stride of 37,952 beyond int32 from 56,584 rows on
         columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
         tile = _epilogue(tile, rows, columns, z_ptr, b_ptr, bias_ptr, T, N, stride_z, stride_b, R, HAS_BIAS)
         y_desc.store([row * BLOCK_T, column * BLOCK_N], tile.to(y_desc.dtype))

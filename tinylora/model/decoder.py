@@ -128,6 +128,15 @@ class KVCache:
                 for page in tails:
                     cells[:, page, :, : rows.shape[2]] = rows
 
+    def write_table(self, rows: Sequence[Sequence[int]]) -> None:
+        """The pages of the first slots, those of each in their order."""
+        assert self.table is not None
+        slots, most = self.table.shape
+        rubbish = self.keys.shape[1] - 1
+        full = [[*row, *[rubbish] * (most - len(row))] for row in [*rows, *[[]] * (slots - len(rows))]]
+        # pinned, or the copy would wait for the device
+        self.table.copy_(torch.tensor(full, dtype=torch.int32, pin_memory=self.table.is_cuda), non_blocking=True)
+
     def move(self, moves: Sequence[tuple[int, int]], longest: int) -> None:
         """Without a table: copy the first `longest` positions of slots to others, (from, to) each."""
         for cells in (self.keys, self.values):
@@ -175,9 +184,7 @@ class Decoder:
         self.config, self.embedding, self.layers, self.norm, self.head = config, embedding, layers, norm, head
         self.digests, self.path = digests, path
         self.frequencies = rope_frequencies(config).to(embedding.device)
-        # What a rollout leaves for the next: on a GPU (what they are for, slots with their graphs), on a CPU its cache's room.
-        self.kept_slots: Any = None
-        self.kept_room: Tensor | None = None
+        self.kept: Any = None  # what a rollout leaves for the next, a `slots.Kept`; None while one runs
         self.capacity: int | None = None  # keys that every attention covers, for `--exact`; None: as many as it needs
 
     @property
@@ -206,6 +213,8 @@ class Decoder:
 
     def pack_factors(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Put the factors A (r, K), B (N, r) of the named modules beside their weights; others have no correction."""
+        if self.kept is not None:
+            self.kept.slots.clear()  # their graphs read the factors before
         for i, layer in enumerate(self.layers):
             for names, group in zip(GROUPS, layer.groups, strict=True):
                 segments = [factors.get(module_name(i, n)) for n in names]
@@ -213,6 +222,16 @@ class Decoder:
                 group.unpack()
                 if any(s is not None for s in segments):
                     group.pack(segments, [self.config.shape(n)[0] for n in names], self.narrow)
+
+    def zero_matrices(self) -> Matrices | None:
+        """M = 0 (1, segments, r, r) for every group that holds factors; None where none does. On a GPU, where no segments are
+        added for the sake of `narrow`."""
+        matrices: list[Tensor | None] = []
+        for layer in self.layers:
+            for names, group in zip(GROUPS, layer.groups, strict=True):
+                r = 0 if group.A is None else len(group.A) // len(names)
+                matrices.append(torch.zeros(1, len(names), r, r, device=self.device) if r else None)
+        return matrices if any(m is not None for m in matrices) else None
 
     # ---- forward --------------------------------------------------------------------------------------------------------
 
@@ -290,7 +309,7 @@ class Decoder:
         matrices: Matrices | None = None,
         row_adapter: Tensor | None = None,  # (T,)
         prefixes: Sequence[int] = (),  # for each of the last len(prefixes) lengths, a suffix: the sequence it continues
-        kept: list[tuple[Tensor, Tensor]] | None = None,  # gets each layer's keys and values, (T, kv_heads, head_dim)
+        kept: tuple[Tensor, Tensor] | None = None,  # gets keys and values, (layers, T, kv_heads, head_dim) each
     ) -> Tensor:  # (T, hidden)
         """Hidden states of whole sequences: scoring, update, and prefill where keys and values are kept.
 
@@ -301,8 +320,8 @@ class Decoder:
 
         def attend(layer: int, qkv: Tensor, b: Block) -> tuple[Tensor, Tensor | None]:
             q, k, v = (x[:rows] for x in rope(qkv, b.cos, b.sin, b.heads, b.qkv))
-            if kept is not None:
-                kept.append((k, v))
+            if kept is not None:  # as copies: k and v are parts of the tensor that q is in
+                kept[0][layer], kept[1][layer] = k, v
             out = pad_rows(packed_attention(q, k, v, layout).flatten(1))
             return out, None if b.o is None else shrink(out, b.o)
 

@@ -47,13 +47,14 @@ def evaluate(
     extractor: str,
     max_completion_length: int,
     seed: int,
+    cache_bytes: int | None = None,  # of `rollout`
 ) -> Scores:
     """Answer every row once at temperature 1 and once greedily, under `matrices` (None: the base model)."""
     prompts = [text.prompt(row["prompt"]) for row in rows]
 
     def verdicts(temperature: float) -> dict[str, list[bool]]:
         s = Sampling(max_completion_length, temperature, seed=EVAL_SEED + seed, eos_ids=text.eos_ids)
-        answers = [text.decode(c.tokens) for c in rollout(model, matrices, prompts, 1, s)]
+        answers = [text.decode(c.tokens) for c in rollout(model, matrices, prompts, 1, s, cache_bytes=cache_bytes)]
         graded = grader.grade(answers, rows)
         return {name: [v.right[name] for v in graded] for name in ("strict", "flexible")}
 

@@ -14,9 +14,10 @@ import torch
 
 from tinylora.errors import InputError
 from tinylora.model.decoder import Decoder, KVCache
-from tinylora.rl.rollout import MOST_SLOTS
+from tinylora.rl.slots import MOST_SLOTS
 
 TOKENS = {"cpu": 4096, "cuda": 16384}  # of a microbatch, where memory allows: more make no product faster
+MOST_CACHE = {"cpu": 4 << 30, "cuda": 24 << 30}  # bytes of keys and values, unless the caller says
 SHARE = 0.9  # of free memory that is planned for
 
 
@@ -46,16 +47,33 @@ class MemoryPlan:
         return self.per_token * self.microbatch_tokens
 
 
-def free_bytes(device: torch.device) -> int:
-    """What this process may still allocate there."""
+def free_bytes(model: Decoder) -> int:
+    """What this process may still allocate on the model's device; on a GPU with the room of its cache, which is used again."""
+    device = model.device
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reusable
+        return torch.cuda.mem_get_info(device)[0] + reusable + room_bytes(model)
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return 8 << 30
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def room_bytes(model: Decoder) -> int:
+    """Of the cache that a rollout left behind."""
+    room = None if model.kept is None else model.kept.room
+    return 0 if room is None else room.numel() * room.element_size()
+
+
+def cache_bytes(model: Decoder, least: int) -> int:
+    """For keys and values, where nobody says. On a GPU the room that is there already, so that graphs over it stay, if `least`
+    bytes fit; otherwise half of what is free, as prefill and logits want some too."""
+    most = MOST_CACHE[model.device.type]
+    if model.device.type == "cpu":  # where only what is written takes memory
+        return most
+    room = room_bytes(model)
+    return room if room >= least else min(most, free_bytes(model) // 2)
 
 
 def activation_bytes(model: Decoder) -> int:
@@ -81,7 +99,7 @@ def plan_memory(
     size = model.embedding.element_size()
     weights = [g.weight for each in model.layers for g in each.groups] + [model.embedding]
     held = sum(w.numel() for w in weights) + (model.head.numel() if model.head is not model.embedding else 0)
-    free = free_bytes(model.device) if free is None else free
+    free = free_bytes(model) if free is None else free
     per_token, per_position = activation_bytes(model), KVCache.bytes_per_token(c, size)
     tokens, usable = min(microbatch_tokens or max(TOKENS[kind], longest), longest * sequences), int(SHARE * free)
     wanted = per_position * longest * min(sequences, MOST_SLOTS[kind])

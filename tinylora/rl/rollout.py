@@ -1,8 +1,9 @@
 """Rollout: completions of prompts under the adapted model, with continuous refill, and with the update's own operations.
 
 The scheduler says which sequence is in which slot; the slots decode; between bursts of steps the host looks who has ended.
-Nothing is merged or copied: the adapter is a handful of numbers per row. Which rows share a batch never changes what they
-sample: slots, pages, order of admission and prompt sharing are matters of speed alone.
+Nothing is merged or copied: the adapter is a handful of numbers per row. Which rows share a batch does not enter what they
+sample: slots, pages, order of admission and prompt sharing are matters of speed alone. On a CPU that holds to the bit; on a GPU
+cuBLAS takes other kernels at other row counts, so a row's bits, and tokens that all but tie, change with the bucket.
 """
 
 import dataclasses
@@ -15,13 +16,14 @@ from torch import Tensor
 from tinylora.errors import InputError
 from tinylora.kernels import native
 from tinylora.kernels.frozen_linear import NARROW
+from tinylora.kernels.linear import fp32_sums
 from tinylora.kernels.sampling import uniforms
 from tinylora.model.decoder import Decoder, KVCache, Matrices
+from tinylora.rl import memory
 from tinylora.rl.scheduler import Running, Scheduler
-from tinylora.rl.slots import Sampling, Slots, buckets
+from tinylora.rl.slots import MOST_SLOTS, Kept, Sampling, Slots, buckets
 
-CACHE_BYTES = {"cpu": 4 << 30, "cuda": 24 << 30}  # of keys and values, unless the caller says
-MOST_SLOTS = {"cpu": 2048, "cuda": 256}  # beyond these a step's time grows as fast as its tokens
+MOST_KEPT = 8  # slots with their graphs: training's and, sampled and greedy, those of evaluations at two lengths are five
 PAGE = 64  # positions in a page on a GPU
 BURST = {"cpu": 1, "cuda": 8}  # steps between two looks of the host
 PREFILL_TOKENS = 8192  # prompt tokens in one forward
@@ -48,6 +50,7 @@ class Usage:
 
 
 @torch.inference_mode()
+@fp32_sums()
 def rollout(
     model: Decoder,
     matrices: Matrices | None,
@@ -58,7 +61,7 @@ def rollout(
     row_adapter: Sequence[int] | None = None,  # adapter of each prompt, where matrices hold several
     *,
     slots: int | None = None,  # sequences that decode at once; None: as many as pay and fit
-    cache_bytes: int | None = None,  # for keys and values; None: CACHE_BYTES
+    cache_bytes: int | None = None,  # for keys and values; None: `memory.cache_bytes`
     page_size: int | None = None,  # positions in a page; None: PAGE on a GPU, on a CPU one page a slot
     share_prompts: bool = True,  # prefill a prompt once for its samples; False: once for each
     expected: Sequence[float] | None = None,  # completion length of each prompt, longest first; None: longest prompt first
@@ -82,8 +85,18 @@ def rollout(
     run = _Rollout(model, matrices, prompts, generations, sampling, first_sequence, row_adapter)
     run.limits = limits
     run.names = names
-    run.allocate(slots, cache_bytes or CACHE_BYTES[model.device.type], page_size, expected)
-    return run.go(watch, on_completion, usage or Usage())
+    run.allocate(slots, cache_bytes, page_size, expected)
+    try:
+        completions = run.go(watch, on_completion, usage or Usage())
+        run.keep_slots()  # not where anything was raised: their sequences would still be live
+    finally:
+        model.kept = run.kept
+    return completions
+
+
+def keeps_slots(model: Decoder) -> bool:
+    """Whether slots are worth keeping for the next call: for their CUDA graphs."""
+    return model.device.type == "cuda"
 
 
 class _Rollout:
@@ -99,6 +112,8 @@ class _Rollout:
         first_sequence: int,
         row_adapter: Sequence[int] | None,
     ) -> None:
+        # The base as v = 0 runs the adapter's graphs: on a GPU adapter off to the bit, as it is the same op with z = 0.
+        matrices = model.zero_matrices() if matrices is None and keeps_slots(model) else matrices
         self.model, self.matrices, self.sampling = model, matrices, sampling
         self.prompts, self.generations, self.first_sequence = prompts, generations, first_sequence
         self.row_adapter = row_adapter or [0] * len(prompts)
@@ -109,8 +124,11 @@ class _Rollout:
         self.limits: Sequence[int] | None = None
         self.names: Sequence[tuple[int, int]] | None = None
         self.row_of: dict[int, int] = {}  # a running sequence's row of the outputs
+        self.table_rows: list[list[int]] | None = None  # the pages of each slot, as the table has them; None: of a call before
 
-    def allocate(self, slots: int | None, bytes_: int, page_size: int | None, expected: Sequence[float] | None) -> None:
+    def allocate(
+        self, slots: int | None, cache_bytes: int | None, page_size: int | None, expected: Sequence[float] | None
+    ) -> None:
         """Scheduler, cache and slots. Without pages a slot's cells are as long as any sequence, and only what is written
         takes memory."""
         model, kind = self.model, self.model.device.type
@@ -125,9 +143,12 @@ class _Rollout:
         count = min(slots or MOST_SLOTS[kind], len(self.prompts) * self.generations)
         paged = kind != "cpu" or page_size is not None
         size = (page_size or PAGE) if paged else capacity
-        pages = bytes_ // (size * KVCache.bytes_per_token(model.config, model.embedding.element_size()))
-        if kind == "cuda":  # shapes that stay from call to call, so that graphs do; whatever the cache's room allows
+        page_bytes = size * KVCache.bytes_per_token(model.config, model.embedding.element_size())
+        least = page_bytes * (1 + -(-(longest + length) // size))
+        pages = (cache_bytes or memory.cache_bytes(model, least)) // page_bytes
+        if keeps_slots(model):  # shapes that stay from call to call, so that graphs do; whatever the cache's room allows
             count, capacity = min(slots or MOST_SLOTS[kind], max(16, count)), capacity + -capacity % (8 * size)
+            pages -= cache_bytes is None  # a room has a page for slots out of use beside those that were asked for
         elif paged:  # no more than the sequences can fill
             pages = min(pages, count * -(-(longest + length) // size) + len(self.prompts) * (longest // size))
         else:
@@ -136,27 +157,40 @@ class _Rollout:
         self.scheduler = Scheduler(lengths, self.generations, length, count, pages, size, expected)
         rows = count + (-count % NARROW if kind == "cpu" else 0)
         self.buckets, self.free_rows = buckets(rows, kind), list(range(rows - 1, -1, -1))
-        shape = (pages, size, rows, capacity) if paged else (rows, size, 0, 0)
-        self.slots = self._slots(shape, rows)
+        self.kept, model.kept = model.kept or Kept(), None
+        self.slots = self._slots(pages if paged else rows, size, rows, capacity if paged else 0)
         self.cache = self.slots.cache
 
-    def _slots(self, shape: tuple[int, int, int, int], rows: int) -> Slots:
-        """Slots over a cache of this shape; on a GPU the model's last ones, with their graphs, where they are alike."""
-        model, sampling = self.model, self.sampling
-        key = (shape, rows, self.adapters, dataclasses.replace(sampling, seed=0))
-        if model.kept_slots is not None and model.kept_slots[0] == key:
-            slots: Slots = model.kept_slots[1]
+    def _slots(self, pages: int, size: int, rows: int, longest: int) -> Slots:
+        """Slots over a cache of so many pages or more, with a table where `longest` is not 0. On a GPU those of an earlier call
+        where they are alike; all that are kept share one room, and see as many pages as it holds."""
+        model, config, kept, graphs = self.model, self.model.config, self.kept, keeps_slots(self.model)
+        sampling = dataclasses.replace(self.sampling, seed=0, eos_ids=tuple(self.sampling.eos_ids))
+        self.key = (size, rows, longest, self.adapters, sampling)
+        if graphs:
+            held = 0 if kept.room is None else len(kept.room) // (size * KVCache.bytes_per_token(config, 1)) - 1
+            if held < pages:  # the old room goes before the new one comes, and the graphs that read it
+                kept.room = None
+                kept.slots.clear()
+            pages = max(pages, held)
+        if self.key in kept.slots:
+            slots = kept.slots.pop(self.key)
             slots.set_matrices(self.matrices)
             return slots
-        model.kept_slots = None  # the old cache goes before the new one comes
-        room, model.kept_room = model.kept_room, None
-        cache = KVCache(model.config, *shape[:2], model.embedding, *shape[2:], room)
-        slots = Slots(model, sampling, rows, cache, self.adapters)
+        while len(kept.slots) >= MOST_KEPT:
+            del kept.slots[next(iter(kept.slots))]
+        cache = KVCache(config, pages, size, model.embedding, rows if longest else 0, longest, kept.room)
+        kept.room = cache.room
+        slots = Slots(model, self.sampling, rows, cache, self.adapters)
         slots.set_matrices(self.matrices)
-        if model.device.type == "cuda":
-            slots.capture(self.buckets)
-            model.kept_slots = (key, slots)
+        if graphs:
+            slots.capture(self.buckets, next((s.pool for s in kept.slots.values()), None))
         return slots
+
+    def keep_slots(self) -> None:
+        """For the next call that is like this one."""
+        if keeps_slots(self.model):
+            self.kept.slots[self.key] = self.slots
 
     def go(
         self,
@@ -191,8 +225,6 @@ class _Rollout:
             s.advance(burst)
             usage.steps, usage.rows = usage.steps + burst, usage.rows + burst * bucket
             changed = self._look(bucket, results, watch, on_completion)
-        if self.model.device.type == "cpu":
-            self.model.kept_room = self.cache.room
         usage.tokens += sum(len(c.tokens) for c in results.values())
         return [results[i] for i in range(len(self.prompts) * self.generations)]
 
@@ -236,11 +268,9 @@ class _Rollout:
         if self.adapters > 1:
             own = torch.tensor([self.row_adapter[g] for g in groups], device=device)
             adapter = own.repeat_interleave(torch.tensor(lengths, device=device))
-        layers: list[tuple[Tensor, Tensor]] = []
-        self.model.packed(
-            torch.tensor([t for p in parts for t in p], device=device), lengths, self.matrices, adapter, kept=layers
-        )
-        keys, values = (torch.stack(x) for x in zip(*layers, strict=True))  # (layers, T, Hkv, D)
+        c, tokens = self.model.config, torch.tensor([t for p in parts for t in p], device=device)  # (T,)
+        keys, values = self.model.embedding.new_empty(2, c.num_layers, len(tokens), c.num_kv_heads, c.head_dim)
+        self.model.packed(tokens, lengths, self.matrices, adapter, kept=(keys, values))
         for (g, pages), k, v in zip(groups.items(), keys.split(lengths, 1), values.split(lengths, 1), strict=True):
             full = len(pages) * self.cache.page_size
             if pages:
@@ -273,13 +303,10 @@ class _Rollout:
         self.prompt_rows = {g: x for g, x in self.prompt_rows.items() if s.groups[g].pages is not None}
 
     def _write_table(self) -> None:
-        table = self.cache.table
-        assert table is not None
         rows = [[] if r is None else r.shared + r.own for r in self.scheduler.running]
-        rubbish = self.cache.keys.shape[1] - 1
-        most = table.shape[1]
-        rows += [[]] * (len(table) - len(rows))
-        table.copy_(torch.tensor([row + [rubbish] * (most - len(row)) for row in rows], dtype=torch.int32))
+        if rows != self.table_rows:
+            self.cache.write_table(rows)
+            self.table_rows = rows
 
     # ---- the end of sequences -------------------------------------------------------------------------------------------
 

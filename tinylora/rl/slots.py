@@ -3,11 +3,16 @@
 One step is embedding, every layer, head, sampling, end of sequence and position, for the first `bucket` slots, in place on
 fixed buffers. On a GPU it is one CUDA graph for each bucket, captured largest first into one memory pool before anything runs;
 on a CPU the same function is called. A slot out of use runs along and writes where nobody reads.
+
+All graphs of a model share one pool, whichever `Slots` they are of: they replay one after another on one stream, and what has
+to outlive a step is in buffers outside the pool.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +25,11 @@ from tinylora.kernels.sampling import sample
 from tinylora.model.decoder import Decoder, KVCache, Matrices
 
 WIDE = 4096  # tokens of a large vocabulary
+MOST_SLOTS = {"cpu": 2048, "cuda": 256}  # beyond these a step's time grows as fast as its tokens
+GPU_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)  # a graph each: capturing one of a 7B model takes 40 ms of the host
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn. `seed` and a sequence's number fix its uniforms."""
 
@@ -36,10 +43,14 @@ class Sampling:
 
 def buckets(slots: int, device_type: str) -> list[int]:
     """Slot counts that a step may run for, ascending. A function of these two alone."""
-    if device_type == "cuda":
-        few = [n for n in (1, 2, 4, 8) if n < slots]
-        return [*few, *range(16, slots, 16), slots]
-    return list(range(NARROW, slots, NARROW)) + [slots]
+    sizes = GPU_BUCKETS if device_type == "cuda" else range(NARROW, slots, NARROW)
+    return [n for n in sizes if n < slots] + [slots]
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """For every warm-up and capture: cuBLAS keeps 32 MB for each stream it has worked on."""
+    return torch.cuda.Stream(device)
 
 
 class Slots:
@@ -73,12 +84,13 @@ class Slots:
         self._matrices: list[Tensor | None] | None = None
         self._corrections: dict[int, Sequence[Correction | None]] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.pool: Any = None  # of the graphs' memory
 
     # ---- adapters -------------------------------------------------------------------------------------------------------
 
     def set_matrices(self, matrices: Matrices | None) -> None:
-        """The adapters of the steps to come; on a GPU copied into the buffers that the graphs read."""
-        if self.model.device.type == "cuda" and self._matrices is not None and matrices is not None:
+        """The adapters of the steps to come; from the second call on copied into the first one's buffers, which graphs read."""
+        if self._matrices is not None and matrices is not None:
             for kept, new in zip(self._matrices, matrices, strict=True):
                 if kept is not None and new is not None:
                     kept.copy_(new)
@@ -86,7 +98,10 @@ class Slots:
                 if correction is not None:
                     correction.refresh()
             return
-        self._matrices = None if matrices is None else [None if m is None else m.detach().clone() for m in matrices]
+        # Contiguous, as kernels read them (`correction.arguments`): several adapters' come as slices of one tensor.
+        plain = torch.contiguous_format
+        held = [None if m is None else m.detach().clone(memory_format=plain) for m in matrices or []]
+        self._matrices = None if matrices is None else held
         self._corrections = {}
 
     def corrections(self, bucket: int) -> Sequence[Correction | None]:
@@ -120,21 +135,22 @@ class Slots:
             live.logical_and_(new != eos)
         cell.masked_fill_(~live, self.rubbish)
 
-    def capture(self, sizes: Sequence[int]) -> None:
-        """CUDA graphs of the step, while every slot is out of use; every kernel must have been proven before."""
+    def capture(self, sizes: Sequence[int], pool: Any) -> None:
+        """CUDA graphs of the step, while every slot is out of use; every kernel must have been proven before.
+
+        `pool` is that of other `Slots` of the model, whose graphs still exist; None: a new one.
+        """
         dispatch.prove(self.model.device)
-        pool = None
+        stream, self.pool = side_stream(self.model.device), pool or torch.cuda.graph_pool_handle()
         for bucket in sorted(sizes, reverse=True):
-            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):  # compiles, and lets libraries allocate
                     self._step(bucket, 0)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream):
                 self._step(bucket, 0)
-            pool = pool or graph.pool()
             self._graphs[bucket] = graph
 
     # ---- what the host does between steps -------------------------------------------------------------------------------
@@ -179,6 +195,14 @@ class Slots:
             n = next((i + 1 for i in range(n) if t[i] in stop), n)
             out.append((t[:n], p[:n]))
         return out
+
+
+@dataclass
+class Kept:
+    """What a rollout leaves for the next."""
+
+    room: Tensor | None = None  # (elements,): of the cache, whose contents nobody needs any more
+    slots: dict[Any, Slots] = field(default_factory=dict)  # over that room, by what they are for, the last used last
 
 
 def head(hidden: Tensor, model: Decoder) -> Tensor:

@@ -230,7 +230,10 @@ class Trainer:
     def _scores(self, rows: list[Row], matrices: Matrices | None) -> Scores:
         c = self.config
         assert self.grader is not None
-        return evaluate(self.model, matrices, self.text, rows, self.grader, c.extractor, c.max_completion_length, c.seed)
+        # On a GPU in the room that training has, where its graphs are; on a CPU in as much as pays.
+        cache = self.plan.cache if self.model.device.type == "cuda" else None
+        length = c.max_completion_length
+        return evaluate(self.model, matrices, self.text, rows, self.grader, c.extractor, length, c.seed, cache)
 
     def _evaluate_if_due(self) -> None:
         step, last = self.step, self.step in (0, self.max_steps) or self.dead

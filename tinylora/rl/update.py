@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from tinylora.adapter import Adapter
 from tinylora.errors import InputError
+from tinylora.kernels.linear import fp32_sums
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model.decoder import Decoder, Matrices
 from tinylora.rl.advantages import Advantages
@@ -138,7 +139,7 @@ def accumulate(
 
 def _descended(loss: PartLoss, part: list[int], device: torch.device) -> Callable[[], None]:
     """Forward and backward of a part. A function of its own, so that nothing of a part that ran out of memory stays in it."""
-    with deterministic(device):
+    with deterministic(device), fp32_sums():
         value, done = loss(part)
         value.backward()
     return done
