@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench import decode as decode_bench
 from bench.facts import Skipped
-from bench.gpu_run import Run, decoding, kernels, measured, shown, small_shapes, start, update, weight_count
+from bench.gpu_run import Run, decoding, kernels, measured, shown, small_shapes, start, steps_of, update, weight_count
 from bench.measure import card as machine_card
 from bench.measure import seconds_in
 from bench.models import gsm8k_like
@@ -156,7 +156,7 @@ def decode(run: Run) -> None:
     for adapters, shapes in ((0, sizes[:1]), (1, sizes)):
         for slots, context in shapes:
             with decoding(run, slots, context, adapters) as s:
-                for bucket in [n for n in (1, 8, 16, 64, 128, 256) if n <= slots]:
+                for bucket in steps_of(run, slots):
                     start(s, context)
                     ms = run.clock(lambda s=s, b=bucket, c=context: [s.step(b, c + 64) for _ in range(8)], 5) / 8 * 1e3
                     moved = weight_count(decoder) * size + bucket * context * KVCache.bytes_per_token(decoder.config, size)
@@ -268,6 +268,7 @@ def profiles(run: Run) -> None:
 
 def training(run: Run) -> None:
     """The built-in job in fp32, ten steps here beside a CPU's: where sampled tokens first differ, and how v moves."""
+    steps = 10 if run.gpu else 2
     traces: list[tuple[list[list[list[int]]], list[Tensor], list[float]]] = []
     for device in ("cpu", str(run.device)):
         tokens: list[list[list[int]]] = []
@@ -278,10 +279,10 @@ def training(run: Run) -> None:
             return found
 
         with tempfile.TemporaryDirectory() as scratch, patch.object(step_module, "rollout", recorded):
-            settings = {**BUILTIN_PRESET, "max_steps": 10, "eval_size": 0, "device": device, "dtype": "float32"}
+            settings = {**BUILTIN_PRESET, "max_steps": steps, "eval_size": 0, "device": device, "dtype": "float32"}
             trainer = Trainer(TrainConfig(**settings, output_dir=f"{scratch}/run"))
             began, vs, rewards = time.perf_counter(), [], []
-            for _ in range(10):
+            for _ in range(steps):
                 row = trainer._train_step()
                 rewards.append(row["reward"])
                 vs.append(trainer.policy.named_parameters()["v"].detach().double().cpu().clone())
@@ -291,7 +292,7 @@ def training(run: Run) -> None:
     differs = next((i for i, (a, b) in enumerate(zip(here, there, strict=True)) if a != b), None)
     pairs = list(zip(here[differs], there[differs], strict=True)) if differs is not None else []
     run.fact(
-        equal_steps=10 if differs is None else differs,
+        equal_steps=steps if differs is None else differs,
         completions_that_differ_there=sum(a != b for a, b in pairs),
         of=len(here[0]),
         v_relative_difference=[((a - b).norm() / b.norm()).item() for a, b in zip(v_here, v_there, strict=True)],
@@ -324,7 +325,7 @@ def csrc_proof(run: Run) -> None:
 def ops(run: Run) -> None:
     """The decode linear beside cuBLAS, and every op beside its alternatives, each row as it is measured."""
     name = "Qwen2.5-7B" if run.gpu else "tiny"
-    with small_shapes(), torch.no_grad():
+    with small_shapes(run.gpu), torch.no_grad():
         for rows in (16, 64) if run.gpu else (8,):
             for group in (2, 3, 0, 1):
                 for row in decode_bench.measure(name, group, rows, run.rates[1], str(run.device), run.dtype, 5, float("inf")):

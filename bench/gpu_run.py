@@ -13,11 +13,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from bench import measure
 from bench import ops as ops_bench
 from bench.facts import Facts, Skipped
 from bench.measure import copy_rate, gemm_rate
 from bench.models import random_adapter, random_decoder
 from tinylora.adapter import Adapter
+from tinylora.kernels.linear import fp32_sums
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model.decoder import Decoder, KVCache
 from tinylora.rl.rollout import Completion, Sampling
@@ -100,12 +102,17 @@ def weight_count(decoder: Decoder) -> int:
     return sum(g.weight.numel() for layer in decoder.layers for g in layer.groups) + decoder.head.numel()
 
 
+def steps_of(run: Run, slots: int) -> list[int]:
+    """Slot counts whose steps are timed; a CPU's rows come in multiples of 8."""
+    return [n for n in (1, 8, 16, 64, 128, 256) if n <= slots and (run.gpu or n % 8 == 0)]
+
+
 @contextmanager
 def decoding(run: Run, slots: int, context: int, adapters: int, capture: bool = True) -> Iterator[Slots]:
     """All slots of the random model in the middle of a sequence, over random keys and values."""
     decoder, adapter = run.model
     most = -(-(context + 512) // 512) * 512 // 64
-    with torch.inference_mode():
+    with torch.inference_mode(), fp32_sums():
         cache = KVCache(decoder.config, slots * most, 64, decoder.embedding, slots, 64 * most)
         cache.room.uniform_(-0.5, 0.5)
         found = Slots(decoder, Sampling(512), slots, cache, adapters)
@@ -113,7 +120,7 @@ def decoding(run: Run, slots: int, context: int, adapters: int, capture: bool = 
         cache.write_table([list(range(i * most, (i + 1) * most)) for i in range(slots)])
         if capture and run.gpu:
             began = time.monotonic()
-            sizes = [n for n in (1, 8, 16, 64, 128, 256) if n <= slots]
+            sizes = steps_of(run, slots)
             found.capture(sizes, None)
             run.sync()
             run.fact(slots=slots, adapters=adapters, graphs=len(sizes), capture_seconds=round(time.monotonic() - began, 2))
@@ -142,7 +149,7 @@ def update(run: Run, prompts: list[list[int]], completions: list[Completion], bu
 
     def once(matrices: bool = True) -> None:
         adapter.v.grad = None
-        with deterministic(decoder.device):
+        with deterministic(decoder.device), fp32_sums():
             hidden, tokens = hidden_states(decoder, adapter.matrices(), prompts, completions, part)
             logp, _ = token_logprobs(hidden, decoder.head, tokens)
             (logp * 1e-3).sum().backward()
@@ -183,7 +190,7 @@ def kernels(run: Run, call: Callable[[], Any], most: int = 40) -> list[list[Any]
 
 
 def measured(run: Run, compiled: bool) -> None:
-    with small_shapes(), warnings_off():
+    with small_shapes(run.gpu), warnings_off():
         for case in bench_cases(run, compiled):
             for row in ops_bench.measure(case, run.rates, str(run.device), 5, float("inf")):
                 run.fact(**row)
@@ -208,9 +215,10 @@ def bench_cases(run: Run, compiled: bool) -> Iterator[ops_bench.Case]:
 
 
 @contextmanager
-def small_shapes() -> Iterator[None]:
-    """bench.ops's models and a tiny one."""
-    with patch.dict(ops_bench.MODELS, {"tiny": ops_bench._config("qwen2", 128, 320, 4, 2, 1000)}):
+def small_shapes(gpu: bool) -> Iterator[None]:
+    """bench.ops's models and a tiny one, whose rounds are as short as they come."""
+    tiny = {"tiny": ops_bench._config("qwen2", 128, 320, 4, 2, 1000)}
+    with patch.dict(ops_bench.MODELS, tiny), patch.object(measure, "ROUND_SECONDS", 0.25 if gpu else 0.0):
         yield
 
 

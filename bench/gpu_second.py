@@ -21,6 +21,7 @@ from bench.gpu_run import Run, decoding, measured
 from bench.models import qwen2_config
 from tinylora.adapter import Adapter
 from tinylora.kernels import build, dispatch, fused_linear
+from tinylora.kernels.linear import fp32_sums
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model import load_model
 from tinylora.model.decoder import Decoder
@@ -56,7 +57,7 @@ def our_seconds(run: Run, prompts: list[list[int]], new: int) -> tuple[float, fl
 
     def train() -> None:
         adapter.v.grad = None
-        with deterministic(decoder.device):
+        with deterministic(decoder.device), fp32_sums():
             hidden, tokens = hidden_states(decoder, adapter.matrices(), prompts, completions, range(len(prompts)))
             token_logprobs(hidden, decoder.head, tokens)[0].sum().backward()
 
