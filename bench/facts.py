@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+OUTCOMES = {"began", "ok", "failed", "skipped"}  # of a stage: no fact in it uses these words
+
 
 class Skipped(Exception):
     """A stage that this machine cannot run, and why."""

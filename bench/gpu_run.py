@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import measure
 from bench import ops as ops_bench
-from bench.facts import Facts, Skipped
+from bench.facts import OUTCOMES, Facts, Skipped
 from bench.measure import copy_rate, gemm_rate
 from bench.models import random_adapter, random_decoder
 from tinylora.adapter import Adapter
@@ -38,6 +38,7 @@ class Run:
         self.facts, self.stage = facts, ""
 
     def fact(self, **data: Any) -> None:
+        assert not OUTCOMES & data.keys(), "these are the driver's words"
         self.facts(self.stage, **data)
 
     def needs_gpu(self, what: str) -> None:

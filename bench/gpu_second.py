@@ -20,6 +20,7 @@ from bench.facts import Skipped
 from bench.gpu_run import Run, decoding, measured
 from bench.models import qwen2_config
 from tinylora.adapter import Adapter
+from tinylora.files import cache_dir
 from tinylora.kernels import build, dispatch, fused_linear
 from tinylora.kernels.linear import fp32_sums
 from tinylora.kernels.token_logprobs import token_logprobs
@@ -111,7 +112,9 @@ def tests(run: Run) -> None:
     counts: dict[str, int] = {}
     said: list[str] = []
     root = Path(__file__).parent.parent
-    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+    environment = {**os.environ, "TINYLORA_CACHE": str(cache_dir())}  # whose verdicts are known
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=root, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment) as child:
         assert child.stdout is not None
         for line in child.stdout:
             said.append(line.rstrip())
@@ -119,7 +122,8 @@ def tests(run: Run) -> None:
                 outcome = found[2].lower()
                 counts[outcome] = counts.get(outcome, 0) + 1
                 run.fact(test=found[1].removeprefix("tests/"), outcome=outcome)
-    run.fact(exit=child.returncode, **{name: counts.get(name, 0) for name in ("passed", "failed", "skipped", "error")})
+    every = {f"tests_{name}": counts.get(name, 0) for name in ("passed", "failed", "skipped", "error")}
+    run.fact(exit=child.returncode, **every)
     if child.returncode or not counts:
         raise RuntimeError("\n".join(line for line in said if line.startswith(("E ", "FAILED", "ERROR")))[-2000:] or said[-1])
 
