@@ -202,7 +202,7 @@ def _native_arguments(q: Tensor, k: Tensor, v: Tensor, layout: Packing) -> tuple
     (T, heads, D), kv_heads = q.shape, k.shape[1]
     q, k, v = (x if x.stride(2) == 1 and x.stride(1) == D else x.contiguous() for x in (q, k, v))
     rows = [part for x in (q, k, v) for part in (x, x.stride(0))]
-    return T, heads, kv_heads, D, layout.most_keys, *rows, *layout.table
+    return T, heads, kv_heads, D, layout.most_keys, *rows, len(layout.lengths), *layout.table
 
 
 @cache
@@ -229,7 +229,8 @@ def packed_attention(
         attention, options = _varlen()
         out: Tensor = attention(q.contiguous(), k.contiguous(), v.contiguous(), ends_q, ends_k, longest_q, longest_k, **options)
         return out
-    if _plain(q, layout.most_keys, layout) and dispatch.runs_native("packed_attention", q, q.shape[2] // 2):
+    D = q.shape[2]
+    if _plain(q, layout.most_keys, layout) and dispatch.runs_native("packed_attention", q, D, D // 2):
         return _NativeAttention.apply(q, k, v, layout)
     split = layout.split
     out = _whole(q[:split], k[:split], v[:split], layout)
