@@ -356,6 +356,7 @@ int rope_backward(l64 T, l64 heads, l64 kv_heads, l64 D, float eps, const float 
     if (!readable(heads, stride_q_head, D) || !readable(kv_heads, stride_k_head, D)) return REFUSED;
     if (!readable(kv_heads, stride_v_head, D)) return REFUSED;
     if ((q_norm || k_norm) && (!qkv || !readable(T, stride_x, width))) return REFUSED;
+    if (!qkv) qkv = dx, stride_x = stride_dx; /* walked along, not read */
     EACH_BLOCK(T) {
         l64 rows = least(ROWS, T - first);
         for (l64 row = first; row < first + rows; row++) {

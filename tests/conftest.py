@@ -1,4 +1,4 @@
-"""Shared fixtures. No test reads or writes the user's own cache, and none needs the network or a GPU."""
+"""Shared fixtures. No test needs the network or a GPU, or touches the user's own cache; test_csrc alone keeps headers there."""
 
 import os
 
