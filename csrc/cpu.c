@@ -1,8 +1,9 @@
 /* The kernels of tinylora/kernels on a CPU, in fp32: what those of Triton are on a GPU. The formulas stand there.
 
 Rows are independent and every sum runs in an order that depends on the row alone, eight lanes at a time: a row's bits depend
-neither on its batch nor on the number of threads. Widths are multiples of 8, heads of 16; the Python side sees to that.
-Compiled by kernels/native.py, with the OpenMP runtime that PyTorch has loaded. */
+neither on its batch nor on the number of threads. Widths are multiples of 8, heads of 16. An entry returns 0; REFUSED where it
+does not take its arguments, and it has then touched nothing; NO_MEMORY. Compiled by kernels/native.py, with the OpenMP runtime
+that PyTorch has loaded. */
 
 #include <math.h>
 #include <stdint.h>
@@ -16,6 +17,8 @@ typedef int64_t l64;
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS 4 /* that share one read of a factor */
 #define MOST 512 /* columns of a correction, as kernels/native.py knows too */
+#define REFUSED 1
+#define NO_MEMORY 2
 #define EACH_BLOCK(T) \
     _Pragma("omp parallel for schedule(static) num_threads(threads)") for (l64 first = 0; first < T; first += ROWS)
 
@@ -63,20 +66,55 @@ INLINE v8 exp8(v8 x) {
 
 INLINE v8 sigmoid(v8 x) { return 1.0f / (1.0f + exp8(-x)); }
 
+/* ---- what an entry takes --------------------------------------------------------------------------------------------
+
+Asked once a call, before anything is touched. How large a buffer is an entry cannot see: that it holds the rows, strides and
+pages that are named is the caller's word. */
+
+#define LIMIT ((l64)1 << 30) /* of a width, a count or a stride: products of two of them stay within 64 bits */
+
+INLINE int is_count(l64 n) { return n >= 0 && n <= LIMIT; }
+INLINE int is_multiple(l64 n, l64 of) { return n > 0 && n <= LIMIT && n % of == 0; }
+
+/* Of a single row the stride says nothing. */
+INLINE int apart(l64 rows, l64 stride, l64 width) { return rows < 2 || (stride >= width && stride <= LIMIT); }
+INLINE int readable(l64 rows, l64 stride, l64 width) { return !stride || apart(rows, stride, width); } /* 0: one for all */
+
+INLINE int within(const l64 *index, l64 n, l64 end) {
+    for (l64 i = 0; i < n; i++)
+        if (index[i] < 0 || index[i] >= end) return 0;
+    return 1;
+}
+
+INLINE int takes_heads(l64 T, l64 heads, l64 kv_heads, l64 D, l64 threads) {
+    if (!is_count(T) || !is_multiple(threads, 1)) return 0;
+    return is_multiple(kv_heads, 1) && is_multiple(heads, kv_heads) && is_multiple(D, 16);
+}
+
 /* ---- the correction: t = x F^T into `kept`, [M t | one | 0 ...] into the pad --------------------------------------- */
 
 typedef struct {
     const float *factor, *m; /* (R, width); (adapters, segments, r, r) */
     const l64 *adapter;      /* (T,), or NULL */
     float *kept;             /* (T, R), or NULL */
-    l64 factor_stride, kept_stride, rank, r, transposed;
+    l64 factor_stride, kept_stride, adapters, rank, r, transposed;
 } Correction;
 
 #define CORRECTION \
-    const float *factor, l64 factor_stride, const float *m, const l64 *adapter, float *kept, l64 kept_stride, l64 rank, \
-    l64 r, l64 transposed, l64 threads
+    const float *factor, l64 factor_stride, const float *m, const l64 *adapter, float *kept, l64 kept_stride, \
+    l64 adapters, l64 rank, l64 r, l64 transposed, l64 threads
 #define THE_CORRECTION \
-    const Correction c = {factor, m, adapter, kept, factor_stride, kept_stride, rank, r, transposed}
+    const Correction c = {factor, m, adapter, kept, factor_stride, kept_stride, adapters, rank, r, transposed}
+
+/* Rows of `width` are written at this stride, and behind each its R numbers and a tail. */
+INLINE int takes_rows(l64 T, l64 width, l64 stride, l64 tail, const Correction *c, l64 threads) {
+    if (!is_count(T) || !is_multiple(width, 8) || !is_count(tail) || !is_multiple(threads, 1)) return 0;
+    if (!is_count(c->rank) || c->rank > MOST || !is_multiple(c->r, 1) || c->rank % c->r) return 0;
+    if (stride < width + c->rank + tail || stride > LIMIT) return 0;
+    if (!c->rank) return REFUSED;
+    if (!readable(c->rank, c->factor_stride, width) || (c->kept && !apart(T, c->kept_stride, c->rank))) return 0;
+    return is_multiple(c->adapters, 1) && (!c->adapter || within(c->adapter, T, c->adapters));
+}
 
 /* Always four rows by two factors, the last of each repeated: a row's bits are then the same wherever it stands. */
 INLINE void shrink_block(const float *x, l64 stride_x, l64 rows, l64 n, const Correction *c, float *t) {
@@ -116,20 +154,24 @@ static void carry(const float *x, l64 stride_x, l64 first, l64 rows, l64 n, cons
     }
 }
 
-void shrink(l64 T, l64 width, const float *x, l64 stride_x, float *z, CORRECTION) {
+int shrink(l64 T, l64 width, const float *x, l64 stride_x, float *z, CORRECTION) {
     THE_CORRECTION;
+    if (!takes_rows(T, width, LIMIT, 0, &c, threads) || !readable(T, stride_x, width)) return REFUSED;
     EACH_BLOCK(T) {
         l64 rows = least(ROWS, T - first);
         carry(x + first * stride_x, stride_x, first, rows, width, &c, z + first * rank, rank, 0, 0);
     }
+    return 0;
 }
 
 /* ---- add_norm ------------------------------------------------------------------------------------------------------ */
 
-void add_norm_forward(l64 T, l64 width, float eps, const float *x, l64 stride_x, const float *y, l64 stride_y,
-                      const float *z, l64 inner_rank, const float *b, l64 stride_b, const float *w, float *new, float *h,
-                      l64 stride_h, l64 tail, float *rstd, CORRECTION) {
+int add_norm_forward(l64 T, l64 width, float eps, const float *x, l64 stride_x, const float *y, l64 stride_y,
+                     const float *z, l64 inner_rank, const float *b, l64 stride_b, const float *w, float *new, float *h,
+                     l64 stride_h, l64 tail, float *rstd, CORRECTION) {
     THE_CORRECTION;
+    if (!takes_rows(T, width, stride_h, tail, &c, threads) || !readable(T, stride_x, width)) return REFUSED;
+    if (y && (!readable(T, stride_y, width) || !is_count(inner_rank) || !readable(inner_rank, stride_b, width))) return REFUSED;
     EACH_BLOCK(T) {
         l64 rows = least(ROWS, T - first);
         for (l64 row = first; row < first + rows; row++) {
@@ -154,11 +196,14 @@ void add_norm_forward(l64 T, l64 width, float eps, const float *x, l64 stride_x,
         float *hb = h + first * stride_h;
         carry(hb, stride_h, first, rows, width, &c, hb + width, stride_h, tail, 1.0f);
     }
+    return 0;
 }
 
-void add_norm_backward(l64 T, l64 width, const float *dnew, l64 stride_dnew, const float *dh, l64 stride_dh, const float *x,
-                       const float *rstd, const float *w, float *dx, l64 stride_dx, l64 tail, CORRECTION) {
+int add_norm_backward(l64 T, l64 width, const float *dnew, l64 stride_dnew, const float *dh, l64 stride_dh, const float *x,
+                      const float *rstd, const float *w, float *dx, l64 stride_dx, l64 tail, CORRECTION) {
     THE_CORRECTION;
+    if (!takes_rows(T, width, stride_dx, tail, &c, threads) || !readable(T, stride_dh, width)) return REFUSED;
+    if (dnew && !readable(T, stride_dnew, width)) return REFUSED;
     EACH_BLOCK(T) {
         l64 rows = least(ROWS, T - first);
         for (l64 row = first; row < first + rows; row++) {
@@ -174,12 +219,14 @@ void add_norm_backward(l64 T, l64 width, const float *dnew, l64 stride_dnew, con
         float *d = dx + first * stride_dx;
         carry(d, stride_dx, first, rows, width, &c, d + width, stride_dx, tail, 0.0f);
     }
+    return 0;
 }
 
 /* ---- swiglu -------------------------------------------------------------------------------------------------------- */
 
-void swiglu_forward(l64 T, l64 width, const float *x, l64 stride_x, float *h, l64 stride_h, l64 tail, CORRECTION) {
+int swiglu_forward(l64 T, l64 width, const float *x, l64 stride_x, float *h, l64 stride_h, l64 tail, CORRECTION) {
     THE_CORRECTION;
+    if (!takes_rows(T, width, stride_h, tail, &c, threads) || !readable(T, stride_x, 2 * width)) return REFUSED;
     EACH_BLOCK(T) {
         l64 rows = least(ROWS, T - first);
         for (l64 row = first; row < first + rows; row++) {
@@ -190,11 +237,14 @@ void swiglu_forward(l64 T, l64 width, const float *x, l64 stride_x, float *h, l6
         float *hb = h + first * stride_h;
         carry(hb, stride_h, first, rows, width, &c, hb + width, stride_h, tail, 1.0f);
     }
+    return 0;
 }
 
-void swiglu_backward(l64 T, l64 width, const float *dh, l64 stride_dh, const float *x, l64 stride_x, float *dx,
-                     l64 stride_dx, l64 tail, CORRECTION) {
+int swiglu_backward(l64 T, l64 width, const float *dh, l64 stride_dh, const float *x, l64 stride_x, float *dx,
+                    l64 stride_dx, l64 tail, CORRECTION) {
     THE_CORRECTION;
+    if (!is_multiple(width, 8) || !takes_rows(T, 2 * width, stride_dx, tail, &c, threads)) return REFUSED;
+    if (!readable(T, stride_dh, width) || !readable(T, stride_x, 2 * width)) return REFUSED;
     EACH_BLOCK(T) {
         l64 rows = least(ROWS, T - first);
         for (l64 row = first; row < first + rows; row++) {
@@ -209,6 +259,32 @@ void swiglu_backward(l64 T, l64 width, const float *dh, l64 stride_dh, const flo
         float *d = dx + first * stride_dx;
         carry(d, stride_dx, first, rows, 2 * width, &c, d + 2 * width, stride_dx, tail, 0.0f);
     }
+    return 0;
+}
+
+/* ---- a cache of keys and values ------------------------------------------------------------------------------------ */
+
+typedef struct {
+    const float *keys, *values; /* (pages, kv_heads, page_size, D) */
+    const l64 *position;        /* (slots,): of the newest token */
+    const int32_t *table;       /* (slots, most): the page of each page_size positions; NULL: slot i owns page i */
+    l64 pages, most, page_size, kv_heads, D;
+} Cache;
+
+#define CACHE const l64 *position, const int32_t *table, l64 pages, l64 most, l64 page_size
+#define THE_CACHE const Cache cache = {keys, values, position, table, pages, table ? most : 1, page_size, kv_heads, D}
+
+/* Every position lies in a page that is there; `every`: and so do all before it. */
+INLINE int takes_cache(const Cache *c, l64 slots, int every) {
+    if (!is_count(c->pages) || !is_multiple(c->most, 1) || !is_multiple(c->page_size, 1)) return 0;
+    if (!is_count(c->most * c->page_size) || !within(c->position, slots, c->most * c->page_size)) return 0;
+    if (!c->table) return slots <= c->pages;
+    for (l64 slot = 0; slot < slots; slot++)
+        for (l64 last = c->position[slot] / c->page_size, i = every ? 0 : last; i <= last; i++) {
+            l64 page = c->table[slot * c->most + i];
+            if (page < 0 || page >= c->pages) return 0;
+        }
+    return 1;
 }
 
 /* ---- rope ---------------------------------------------------------------------------------------------------------- */
@@ -232,9 +308,12 @@ INLINE void turn(const float *x, const float *w, float eps, const float *cos, co
 }
 
 /* keys NULL: q and k go to out (T, heads + kv_heads, D). Otherwise q alone does, and k and v go into the cache. */
-void rope_forward(l64 T, l64 heads, l64 kv_heads, l64 D, float eps, const float *qkv, l64 stride, const float *cos,
-                  const float *sin, const float *q_norm, const float *k_norm, float *out, float *keys, float *values,
-                  const l64 *position, const int32_t *table, l64 most, l64 page_size, l64 threads) {
+int rope_forward(l64 T, l64 heads, l64 kv_heads, l64 D, float eps, const float *qkv, l64 stride, const float *cos,
+                 const float *sin, const float *q_norm, const float *k_norm, float *out, float *keys, float *values, CACHE,
+                 l64 threads) {
+    THE_CACHE;
+    if (!takes_heads(T, heads, kv_heads, D, threads) || !readable(T, stride, (heads + 2 * kv_heads) * D)) return REFUSED;
+    if (keys && !takes_cache(&cache, T, 0)) return REFUSED;
     EACH_BLOCK(T) for (l64 row = first; row < least(first + ROWS, T); row++) {
         const float *x = qkv + row * stride, *c = cos + row * D + D / 2, *s = sin + row * D + D / 2;
         float *q = out + row * (heads + (keys ? 0 : kv_heads)) * D;
@@ -246,6 +325,7 @@ void rope_forward(l64 T, l64 heads, l64 kv_heads, l64 D, float eps, const float 
             if (keys) memcpy(values + cell, x + (heads + kv_heads + h) * D, D * sizeof(float));
         }
     }
+    return 0;
 }
 
 INLINE void turn_back(const float *d, const float *x, const float *w, float eps, const float *cos, const float *sin, l64 D,
@@ -264,12 +344,19 @@ INLINE void turn_back(const float *d, const float *x, const float *w, float eps,
     for (l64 k = 0; k < D; k += 8) store(out + k, scale * (load(out + k) * load(w + k) - load(x + k) * slope));
 }
 
-void rope_backward(l64 T, l64 heads, l64 kv_heads, l64 D, float eps, const float *dq, l64 stride_q, l64 stride_q_head,
-                   const float *dk, l64 stride_k, l64 stride_k_head, const float *dv, l64 stride_v, l64 stride_v_head,
-                   const float *qkv, l64 stride_x, const float *cos, const float *sin, const float *q_norm,
-                   const float *k_norm, float *dx, l64 stride_dx, l64 tail, CORRECTION) {
+int rope_backward(l64 T, l64 heads, l64 kv_heads, l64 D, float eps, const float *dq, l64 stride_q, l64 stride_q_head,
+                  const float *dk, l64 stride_k, l64 stride_k_head, const float *dv, l64 stride_v, l64 stride_v_head,
+                  const float *qkv, l64 stride_x, const float *cos, const float *sin, const float *q_norm,
+                  const float *k_norm, float *dx, l64 stride_dx, l64 tail, CORRECTION) {
     THE_CORRECTION;
+    if (!takes_heads(T, heads, kv_heads, D, threads)) return REFUSED;
     l64 width = (heads + 2 * kv_heads) * D;
+    if (!takes_rows(T, width, stride_dx, tail, &c, threads)) return REFUSED;
+    if (!readable(T, stride_q, D) || !readable(T, stride_k, D) || !readable(T, stride_v, D)) return REFUSED;
+    if (!readable(heads, stride_q_head, D) || !readable(kv_heads, stride_k_head, D)) return REFUSED;
+    if (!readable(kv_heads, stride_v_head, D)) return REFUSED;
+    if ((q_norm || k_norm) && (!qkv || !readable(T, stride_x, width))) return REFUSED;
+    if (!qkv) qkv = dx, stride_x = stride_dx; /* walked along, not read */
     EACH_BLOCK(T) {
         l64 rows = least(ROWS, T - first);
         for (l64 row = first; row < first + rows; row++) {
@@ -285,6 +372,7 @@ void rope_backward(l64 T, l64 heads, l64 kv_heads, l64 D, float eps, const float
         float *d = dx + first * stride_dx;
         carry(d, stride_dx, first, rows, width, &c, d + width, stride_dx, tail, 0.0f);
     }
+    return 0;
 }
 
 /* ---- attention -----------------------------------------------------------------------------------------------------
@@ -368,14 +456,7 @@ static void weighted_sum(const float *p, const Run *runs, l64 count, int of_keys
     for (; d < D; d += 16) weighted(p, runs, count, of_keys, d, 2, out);
 }
 
-static l64 room_for(l64 keys) { return keys / 8 * 8 + 16; } /* with what `products` writes beyond */
-
-typedef struct {
-    const float *keys, *values; /* (pages, kv_heads, page_size, D) */
-    const l64 *position;        /* (slots,) */
-    const int32_t *table;       /* (slots, most); NULL: slot i owns page i */
-    l64 most, page_size, kv_heads, D;
-} Cache;
+static l64 room_for(l64 keys) { return least(keys, LIMIT) / 8 * 8 + 16; } /* with what `products` writes beyond */
 
 /* The runs of a slot's pages in one kv head; returns how many. */
 INLINE l64 cells(const Cache *c, l64 slot, l64 h, Run *runs) {
@@ -393,21 +474,24 @@ INLINE void fetch(const float *p, l64 n) {
 
 /* One query a slot against its pages. The keys of one head after another are too short for the processor to see them come, so
    values are asked for before this head's keys are read, and the next head's keys too. */
-void decode_attention(l64 slots, l64 heads, l64 kv_heads, l64 D, const float *q, const float *keys, const float *values,
-                      const l64 *position, const int32_t *table, l64 most, l64 page_size, float *out, l64 threads) {
-    const Cache c = {keys, values, position, table, most, page_size, kv_heads, D};
-    l64 share = heads / kv_heads, room = room_for((table ? most : 1) * page_size), longest = table ? most : 1;
-#pragma omp parallel num_threads(threads)
+int decode_attention(l64 slots, l64 heads, l64 kv_heads, l64 D, const float *q, const float *keys, const float *values,
+                     CACHE, float *out, l64 threads) {
+    THE_CACHE;
+    if (!takes_heads(slots, heads, kv_heads, D, threads) || !takes_cache(&cache, slots, 1)) return REFUSED;
+    l64 share = heads / kv_heads, room = room_for(cache.most * page_size);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         float *p = malloc(share * room * sizeof(float));
-        Run *runs = malloc(longest * sizeof(Run)), *next = malloc(longest * sizeof(Run));
+        Run *runs = malloc(cache.most * sizeof(Run)), *next = malloc(cache.most * sizeof(Run));
+        failed = p && runs && next ? 0 : NO_MEMORY;
 #pragma omp for schedule(dynamic, 16)
         for (l64 slot = 0; slot < slots; slot++)
-            for (l64 h = 0; h < kv_heads; h++) {
-                l64 count = cells(&c, slot, h, runs), last = h + 1 == kv_heads;
+            for (l64 h = 0; h < kv_heads && !failed; h++) {
+                l64 count = cells(&cache, slot, h, runs), last = h + 1 == kv_heads;
                 for (l64 i = 0; i < count; i++) fetch(runs[i].v, runs[i].n * D);
                 if (!last || slot + 1 < slots)
-                    for (l64 i = cells(&c, slot + last, last ? 0 : h + 1, next); i-- > 0;) fetch(next[i].k, next[i].n * D);
+                    for (l64 i = cells(&cache, slot + last, last ? 0 : h + 1, next); i-- > 0;) fetch(next[i].k, next[i].n * D);
                 l64 first = (slot * heads + h * share) * D;
                 probabilities(q + first, D, share, D, runs, count, p, room);
                 for (l64 s = 0; s < share; s++) weighted_sum(p + s * room, runs, count, 0, D, out + first + s * D);
@@ -416,6 +500,7 @@ void decode_attention(l64 slots, l64 heads, l64 kv_heads, l64 D, const float *q,
         free(runs);
         free(next);
     }
+    return failed;
 }
 
 typedef struct {
@@ -429,10 +514,23 @@ typedef struct {
 
 #define PACK \
     l64 T, l64 heads, l64 kv_heads, l64 D, l64 longest, const float *q, l64 stride_q, const float *k, l64 stride_k, \
-    const float *v, l64 stride_v, const l64 *start, const l64 *length, const l64 *parent
+    const float *v, l64 stride_v, l64 sequences, const l64 *start, const l64 *length, const l64 *parent
 #define THE_PACK(dout, dq, dk, dv) \
     const Pack a = {heads, kv_heads, D, room_for(longest), q, k, v, stride_q, stride_k, stride_v, start, length, \
                     parent, dout, dq, dk, dv}
+
+/* Every sequence lies in the pack, and none of its queries sees more than `longest` keys. */
+INLINE int takes_pack(const Pack *a, l64 T, l64 longest, l64 sequences, l64 threads) {
+    if (!takes_heads(T, a->heads, a->kv_heads, a->D, threads) || !is_count(longest) || !is_count(sequences)) return 0;
+    if (!readable(T, a->stride_q, a->heads * a->D) || !readable(T, a->stride_k, a->kv_heads * a->D)) return 0;
+    if (!readable(T, a->stride_v, a->kv_heads * a->D)) return 0;
+    for (l64 i = 0; i < sequences; i++) {
+        l64 n = a->length[i], parent = a->parent[i];
+        if (n < 0 || n > least(T, longest) || a->start[i] < 0 || a->start[i] > T - n) return 0;
+        if (parent < -1 || parent >= sequences || (parent >= 0 && a->length[parent] > longest - n)) return 0;
+    }
+    return 1;
+}
 
 /* The runs that the query at `place` of a sequence sees in one kv head; returns how many. */
 INLINE l64 visible(const Pack *a, l64 sequence, l64 place, l64 h, Run *runs) {
@@ -447,16 +545,21 @@ INLINE l64 visible(const Pack *a, l64 sequence, l64 place, l64 h, Run *runs) {
     return count;
 }
 
-void packed_attention_forward(PACK, const l64 *sequence, const l64 *place, float *out, l64 threads) {
+int packed_attention_forward(PACK, const l64 *sequence, const l64 *place, float *out, l64 threads) {
     THE_PACK(0, 0, 0, 0);
+    if (!takes_pack(&a, T, longest, sequences, threads) || !within(sequence, T, sequences)) return REFUSED;
+    for (l64 row = 0; row < T; row++)
+        if (!within(place + row, 1, length[sequence[row]])) return REFUSED;
     l64 share = heads / kv_heads;
-#pragma omp parallel num_threads(threads)
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         float *p = malloc(share * a.room * sizeof(float));
         Run runs[2];
+        failed = p ? 0 : NO_MEMORY;
 #pragma omp for schedule(dynamic, 16)
         for (l64 row = 0; row < T; row++)
-            for (l64 h = 0; h < kv_heads; h++) {
+            for (l64 h = 0; h < kv_heads && !failed; h++) {
                 l64 count = visible(&a, sequence[row], place[row], h, runs), head = h * share;
                 probabilities(q + row * stride_q + head * D, D, share, D, runs, count, p, a.room);
                 for (l64 s = 0; s < share; s++)
@@ -464,6 +567,7 @@ void packed_attention_forward(PACK, const l64 *sequence, const l64 *place, float
             }
         free(p);
     }
+    return failed;
 }
 
 /* p and ds: (share, room). dk and dv are added to, dq is written. */
@@ -504,18 +608,22 @@ static void backward_row(const Pack *a, l64 sequence, l64 place, l64 h, float *p
 
 /* A family, a whole sequence and all that continue it, is one thread's: its dk and dv add up in the order of the pack.
    `members`: the sequences by family, family f from `family[f]` to `family[f + 1]`. */
-void packed_attention_backward(PACK, const float *dout, float *dq, float *dk, float *dv, const l64 *members,
-                               const l64 *family, l64 families, l64 threads) {
+int packed_attention_backward(PACK, const float *dout, float *dq, float *dk, float *dv, const l64 *members,
+                              const l64 *family, l64 families, l64 threads) {
     THE_PACK(dout, dq, dk, dv);
-    (void)T;
-#pragma omp parallel num_threads(threads)
+    if (!takes_pack(&a, T, longest, sequences, threads) || !is_count(families)) return REFUSED;
+    if (!within(family, families + 1, sequences + 1) || !within(members, sequences, sequences)) return REFUSED;
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         float *p = malloc(2 * heads / kv_heads * a.room * sizeof(float));
+        failed = p ? 0 : NO_MEMORY;
 #pragma omp for schedule(dynamic)
         for (l64 task = 0; task < families * kv_heads; task++)
-            for (l64 i = family[task / kv_heads]; i < family[task / kv_heads + 1]; i++)
+            for (l64 i = family[task / kv_heads]; i < family[task / kv_heads + 1] && !failed; i++)
                 for (l64 place = 0; place < length[members[i]]; place++)
                     backward_row(&a, members[i], place, task % kv_heads, p, p + heads / kv_heads * a.room);
         free(p);
     }
+    return failed;
 }

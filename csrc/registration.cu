@@ -98,7 +98,7 @@ Tensor run(const Tensor& x, const Tensor& weight, const Optional& bias, const Op
   p.shrunk = p.partial + plan.splits * rows * n;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this PyTorch was built without CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
   const cudaError_t error = run_decode_linear(p, plan, static_cast<cudaStream_t>(stream));
   STD_TORCH_CHECK(error == cudaSuccess, "decode_linear: ", cudaGetErrorString(error));
   return y;

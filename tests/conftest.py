@@ -1,4 +1,5 @@
-"""Shared fixtures. No test reads or writes a cache that TINYLORA_CACHE does not name; none needs the network or a GPU."""
+"""Shared fixtures. No test needs the network or a GPU, or touches a cache that TINYLORA_CACHE does not name; test_csrc alone
+keeps headers in the user's own."""
 
 import os
 

@@ -1,9 +1,12 @@
 """The CUDA C++ kernels without a GPU: what nvcc makes of them, their arithmetic on a host, and every way not to get them."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -13,21 +16,27 @@ from aot import cuobjdump
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tinylora.errors import InputError
+from tinylora.files import cache_dir
 from tinylora.kernels import build, decode_linear
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.frozen_linear import FrozenLinear
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+# The PyTorch that is not installed, of the oldest and the newest that pyproject.toml admits, and where its headers are looked
+# for: a folder that holds torch/csrc, or "fetch": what was fetched before, or else 500 MB, once.
+OTHER = "2.13.0" if torch.__version__.startswith("2.11.") else "2.11.0"
+WHERE = os.environ.get("TINYLORA_TORCH_HEADERS")
+KEPT = cache_dir() / f"torch-{OTHER}-headers"  # in the user's own cache; tests have another
 
 # ---- compiled -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compiled once for all architectures, warnings being errors. Skips, visibly, where there is no nvcc that could."""
+def compiled(headers: Path, cache: Path) -> Path:
+    """The library for all architectures, warnings being errors. Skips, visibly, where there is no nvcc that could."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINYLORA_CACHE", str(tmp_path_factory.mktemp("csrc")))
+        patch.setenv("TINYLORA_CACHE", str(cache))
+        patch.setattr(build, "HEADERS", headers)
         try:
             build._nvcc()
         except build.BuildError as error:
@@ -35,9 +44,56 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return build.library(ARCHITECTURES)
 
 
-def test_every_kernel_is_within_its_budget(library: Path) -> None:
+def fetch_headers() -> None:
+    """Headers of the other PyTorch into KEPT, out of its wheel, a CPU's or a GPU's, which is not kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, f"torch=={OTHER}"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+        KEPT.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(dir=KEPT.parent, prefix=".headers-") as partial,
+            zipfile.ZipFile(next(Path(folder).glob("torch-*.whl"))) as wheel,
+        ):
+            wheel.extractall(partial, [name for name in wheel.namelist() if name.startswith("torch/include/")])
+            os.replace(Path(partial) / "torch" / "include", KEPT)
+
+
+def other_headers() -> Path:
+    """Where the other PyTorch's headers are. Skips, and says why, where they cannot be had or nobody asked for them."""
+    if WHERE not in (None, "", "fetch"):
+        return Path(WHERE)
+    why = "set TINYLORA_TORCH_HEADERS to its include folder, or to fetch (500 MB, once)"
+    if not KEPT.exists() and WHERE == "fetch":
+        try:
+            fetch_headers()
+        except subprocess.CalledProcessError as error:
+            why = next((line for line in error.stderr.splitlines() if line.startswith("ERROR")), error.stderr.strip()[-200:])
+        except (OSError, StopIteration, subprocess.TimeoutExpired, zipfile.BadZipFile) as error:
+            why = repr(error)
+    if not KEPT.exists():
+        pytest.skip(f"no headers of PyTorch {OTHER}: {why}")
+    return KEPT
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(build.HEADERS, tmp_path_factory.mktemp("csrc"))
+
+
+@pytest.fixture(scope="module")
+def other_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same against the other PyTorch's headers, which must be that one's."""
+    headers = other_headers()
+    text = (headers / "torch" / "headeronly" / "version.h").read_text()
+    version = ".".join(re.findall(r"define TORCH_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", text))
+    assert version == OTHER, f"{headers} has the headers of PyTorch {version}"
+    return compiled(headers, tmp_path_factory.mktemp("other"))
+
+
+@pytest.mark.parametrize("which", ["library", "other_library"], ids=["these headers", f"headers of {OTHER}"])
+def test_every_kernel_is_within_its_budget(which: str, request: pytest.FixtureRequest) -> None:
     """Instances for each dtype, number of n8 tiles and height of W's; no stack, no spills, by ptxas."""
-    kernels = build.record(library)["kernels"]
+    kernels = build.record(request.getfixturevalue(which))["kernels"]
     found = set()
     for k in kernels:
         name = "decode_linear" if "decode_linear" in k["kernel"] else "decode_combine"
@@ -292,7 +348,7 @@ def test_sources_headers_and_cache_that_are_not_there(compiler, tmp_path: Path, 
         patch.setattr(build, "SOURCES", tmp_path / "none")
         refused("this installation lacks .*none")
     with monkeypatch.context() as patch:
-        patch.setattr(build, "TORCH", tmp_path)
+        patch.setattr(build, "HEADERS", tmp_path)
         refused("this PyTorch lacks its headers, .*stable")
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "file" / "cache"))

@@ -2,11 +2,14 @@
 
 import gc
 import json
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tinylora.adapter import Adapter, TinyLoRAConfig
 from tinylora.demo.problems import problems
@@ -150,6 +153,78 @@ def test_broken_models_are_named(tiny_model, what, says):
     break_nothing_but(path, what)
     with pytest.raises(InputError, match=says):
         load_model(str(path))
+
+
+POSITIVE = "it must be a positive integer"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"head_dim": 17}, "head_dim is 17; it must be even"),
+        ({"head_dim": 1}, "head_dim is 1; it must be even"),
+        ({"head_dim": 0}, f"head_dim is 0; {POSITIVE}"),
+        ({"head_dim": -8}, f"head_dim is -8; {POSITIVE}"),
+        ({"head_dim": False}, f"head_dim is false; {POSITIVE}"),
+        ({"head_dim": 8.0}, f"head_dim is 8.0; {POSITIVE}"),
+        ({"head_dim": "8"}, f'head_dim is "8"; {POSITIVE}'),
+        ({"head_dim": None, "hidden_size": 36}, "head_dim is 9, hidden_size 36 / num_attention_heads 4; it must be even"),
+        (
+            {"head_dim": None, "hidden_size": 33},
+            "hidden_size is 33; without head_dim it must be a multiple of num_attention_heads, 4",
+        ),
+        (
+            {"head_dim": None, "hidden_size": 2},
+            "hidden_size is 2; without head_dim it must be a multiple of num_attention_heads, 4",
+        ),
+        ({"num_attention_heads": 0}, f"num_attention_heads is 0; {POSITIVE}"),
+        ({"num_attention_heads": None}, f"num_attention_heads is null; {POSITIVE}"),
+        ({"num_attention_heads": True}, f"num_attention_heads is true; {POSITIVE}"),
+        ({"num_attention_heads": [4]}, f"num_attention_heads is [4]; {POSITIVE}"),
+        ({"num_key_value_heads": 0}, f"num_key_value_heads is 0; {POSITIVE}"),
+        ({"num_key_value_heads": -2}, f"num_key_value_heads is -2; {POSITIVE}"),
+        ({"num_key_value_heads": 2.5}, f"num_key_value_heads is 2.5; {POSITIVE}"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3; it must divide num_attention_heads, 4"),
+        ({"num_key_value_heads": 8}, "num_key_value_heads is 8; it must divide num_attention_heads, 4"),
+        ({"hidden_size": 0}, f"hidden_size is 0; {POSITIVE}"),
+        ({"hidden_size": None}, f"hidden_size is null; {POSITIVE}"),
+        ({"intermediate_size": -48}, f"intermediate_size is -48; {POSITIVE}"),
+        ({"num_hidden_layers": 0}, f"num_hidden_layers is 0; {POSITIVE}"),
+        ({"vocab_size": "96\n"}, f'vocab_size is "96\\n"; {POSITIVE}'),
+    ],
+)
+def test_counts_and_widths_of_a_config_are_checked(tiny_model, changes, says):
+    path = tiny_model("qwen2")
+    edit_config(path, **changes)
+    with pytest.raises(InputError) as error:
+        load_model(str(path))
+    assert str(error.value) == f"{path}/config.json: {says}"
+
+
+def test_what_a_config_leaves_out_follows_from_the_rest(tiny_model):
+    path = tiny_model("qwen2", num_key_value_heads=4)
+    edit_config(path, num_key_value_heads=None, head_dim=None)
+    config = load_model(str(path)).config
+    assert (config.num_kv_heads, config.head_dim) == (4, 8)
+
+
+@pytest.mark.parametrize("head_dim", [17, 33, 1])
+def test_an_odd_head_dim_is_one_line_and_no_crash(text_model, head_dim):
+    """Weights that fit it, so that nothing but the config is wrong: the C kernels once wrote beyond every head."""
+    path = text_model(["one two three"])
+    tensors = load_file(path / "model.safetensors")
+    rows = {"q_proj": 4 * head_dim, "k_proj": 2 * head_dim, "v_proj": 2 * head_dim}
+    for name, tensor in tensors.items():
+        if (projection := name.split(".")[-2]) in rows:
+            tensors[name] = torch.randn(rows[projection], *tensor.shape[1:])
+        elif projection == "o_proj":
+            tensors[name] = torch.randn(len(tensor), 4 * head_dim)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    edit_config(path, head_dim=head_dim)
+    command = [sys.executable, "-m", "tinylora.generate", "--model", str(path), "--prompt", "one", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr == f"error: {path}/config.json: head_dim is {head_dim}; it must be even\n"
 
 
 @pytest.mark.parametrize("path", ["/no/such/directory", "./nothing", "nothing"])

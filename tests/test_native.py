@@ -1,6 +1,7 @@
 """The C kernels of the CPU: proven here as on first use, planted faults caught, and bits that depend on a row alone."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_csrc import planted
 
 from tinylora.adapter import Adapter, TinyLoRAConfig
 from tinylora.errors import BuildError
 from tinylora.kernels import dispatch, native
-from tinylora.kernels.attention import Packing, packed_attention
+from tinylora.kernels.attention import Packing, packed_attention, packed_attention_ref
 from tinylora.kernels.correction import Correction
-from tinylora.kernels.decode_attention import CacheView, decode_attention
+from tinylora.kernels.decode_attention import CacheView, decode_attention, rope_into_cache
+from tinylora.kernels.rope import Heads, _forward_op, rope_native, rope_plain
 from tinylora.kernels.self_check import NATIVE_CHECKS, rms, verdict
 from tinylora.kernels.shrink import shrink, shrink_native
 from tinylora.model.loader import load_model
@@ -74,6 +77,97 @@ def test_a_planted_fault_is_found(
     broken.write_text(source.replace(old, new))
     monkeypatch.setattr(native, "SOURCE", broken)
     assert verdict(op, NATIVE_CHECKS[op], CPU, seed=1)["error"] is not None
+
+
+# ---- on any shape -------------------------------------------------------------------------------------------------------
+
+# What an entry asks for before it touches anything -> what it asks for instead.
+GUARDS = [
+    ("is_multiple(D, 16)", "D / 2 % 8 == 0"),
+    ("is_multiple(D, 16)", "is_multiple(D, 8)"),
+    ("is_multiple(heads, kv_heads)", "is_multiple(heads, 1)"),
+    ("is_multiple(kv_heads, 1)", "1"),
+    ("!is_count(T) || !is_multiple(threads, 1)", "!is_count(T)"),
+    ("!is_count(T) || !is_multiple(threads, 1)", "!is_multiple(threads, 1)"),
+    ("!is_multiple(width, 8) || !is_count(tail)", "!is_count(tail)"),
+    ("!is_multiple(width, 8) || !is_count(tail)", "!is_multiple(width, 4) || !is_count(tail)"),
+    ("!is_multiple(width, 8) || !is_count(tail)", "!is_multiple(width, 8)"),
+    ("c->rank > MOST", "0"),
+    ("!is_count(c->rank)", "0"),
+    ("c->rank % c->r", "0"),
+    ("stride < width + c->rank + tail", "stride < width + c->rank"),
+    ("!readable(c->rank, c->factor_stride, width)", "0"),
+    ("!apart(T, c->kept_stride, c->rank)", "0"),
+    ("is_multiple(c->adapters, 1)", "1"),
+    ("within(c->adapter, T, c->adapters)", "1"),
+    ("index[i] < 0", "0"),
+    ("index[i] >= end", "index[i] > end"),
+    ("!takes_rows(T, width, LIMIT, 0, &c, threads) || !readable(T, stride_x, width)",
+     "!takes_rows(T, width, LIMIT, 0, &c, threads)"),
+    ("!readable(inner_rank, stride_b, width)", "0"),
+    ("!readable(T, stride_y, width)", "0"),
+    ("!is_count(inner_rank)", "0"),
+    ("!readable(T, stride, (heads + 2 * kv_heads) * D)", "0"),
+    ("keys && !takes_cache(&cache, T, 0)", "0"),
+    ("!is_multiple(c->most, 1)", "0"),
+    ("!within(c->position, slots, c->most * c->page_size)", "0"),
+    ("slots <= c->pages", "1"),
+    ("page >= c->pages", "page > c->pages"),
+    ("page < 0", "0"),
+    ("every ? 0 : last", "last"),
+    ("!qkv || !readable(T, stride_x, width)", "!readable(T, stride_x, width)"),
+    ("!readable(T, stride_q, D)", "0"),
+    ("!readable(heads, stride_q_head, D)", "0"),
+    ("!readable(kv_heads, stride_v_head, D)", "0"),
+    ("!readable(T, a->stride_q, a->heads * a->D)", "0"),
+    ("!readable(T, a->stride_v, a->kv_heads * a->D)", "0"),
+    ("n > least(T, longest)", "n > T"),
+    ("a->start[i] > T - n", "0"),
+    ("a->start[i] < 0", "0"),
+    ("parent >= sequences", "parent > sequences"),
+    ("parent < -1", "0"),
+    ("a->length[parent] > longest - n", "0"),
+    ("!within(sequence, T, sequences)", "0"),
+    ("!within(place + row, 1, length[sequence[row]])", "0"),
+    ("!within(family, families + 1, sequences + 1)", "0"),
+    ("!within(members, sequences, sequences)", "0"),
+    ("p && runs && next", "1"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def host_test(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every entry under AddressSanitizer and UBSan; its argument is the guard it runs without, 0 being none."""
+    folder, source = tmp_path_factory.mktemp("host"), native.SOURCE.read_text()
+    assert all(source.count(right) == 1 for right, _ in GUARDS), [r for r, _ in GUARDS if source.count(r) != 1]
+    (folder / "cpu.c").write_text("static int fault;\n" + planted(source, dict(enumerate(GUARDS, 1))))
+    flags = [*native.FLAGS[1:], "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{folder}"]
+    driver = Path(__file__).parent / "host" / "cpu_test.c"
+    command = [native.compiler(), *flags, str(driver), "-o", str(folder / "test"), "-lm"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "test"
+
+
+def run_host(program: Path, fault: int) -> tuple[int, str]:
+    env = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # threads of its own, more than there may be cores
+    done = subprocess.run([program, str(fault)], capture_output=True, text=True, timeout=60, env=env)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_every_entry_takes_what_it_can_and_refuses_the_rest(host_test: Path) -> None:
+    """3,000 shapes: no sanitizer complains, all that is promised is written, and a refused call changes nothing."""
+    status, said = run_host(host_test, 0)
+    assert status == 0, said
+    found = {name: (int(refused), int(of)) for name, refused, of in re.findall(r"(\w+): (\d+) refused of (\d+)", said)}
+    assert found.keys() == native.functions().keys() and all(50 < refused < of - 50 for refused, of in found.values()), said
+
+
+@pytest.mark.parametrize("guard", range(len(GUARDS)), ids=[f"{right} -> {wrong}" for right, wrong in GUARDS])
+def test_a_guard_left_out_is_found(guard: int, host_test: Path) -> None:
+    status, said = run_host(host_test, guard + 1)
+    assert status != 0
+    print(re.findall(r"SUMMARY.*|.*runtime error.*|case.*", said))
 
 
 def normals(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -142,10 +236,46 @@ def test_what_they_do_not_take_runs_plain(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(native, "call", none)
     c = Correction(normals(2, 36), normals(2, 36), normals(1, 1, 2, 2))
     shrink(normals(5, 36), c)  # no multiple of 8
+    assert not Correction(normals(4, 40), normals(4, 40), c.M).fits_native, "M has half of its segments"
     wide = Correction(normals(2, 40).double(), normals(2, 40).double(), normals(1, 1, 2, 2).double())
     shrink(normals(5, 40).double(), wide)
     with pytest.raises(AssertionError, match="a C kernel ran"):
         shrink(normals(5, 40), Correction(normals(2, 40), normals(2, 40), c.M))
+
+
+@pytest.mark.parametrize("D", [1, 2, 8, 17, 24, 33, 40])
+def test_heads_they_do_not_take_run_plain(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are no multiple of 16; half of 17 and of 33 is one of 8 when it is rounded down."""
+    called: list[str] = []
+    monkeypatch.setattr(native, "call", lambda name, *_: called.append(name))
+    q, k, v = normals(5, 4, D), normals(5, 2, D, seed=1), normals(5, 2, D, seed=2)
+    out = packed_attention(q, k, v, Packing([5], [], q.dtype, CPU, None))
+    torch.testing.assert_close(out, packed_attention_ref(q, k, v, [5]))
+    cells, view = [x.transpose(0, 1)[None].contiguous() for x in (k, v)], CacheView(torch.tensor([4]), None, 5, 5, q.dtype)
+    torch.testing.assert_close(decode_attention(q[4:], *cells, view, None)[0], out[4:].flatten(1))
+    assert _forward_op(normals(5, 8 * D), Heads(4, 2, D)) is rope_plain
+    rope_into_cache(normals(1, 8 * D), normals(1, D), normals(1, D), Heads(4, 2, D), *cells, view)
+    assert not called
+
+
+def test_what_a_function_refuses_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"rope_forward of csrc/cpu.c does not take .*: T 3, heads 4, kv_heads 2, D 17, stride 136"
+    ):
+        rope_native(normals(3, 136), normals(3, 17), normals(3, 17), Heads(4, 2, 17))
+    c = Correction(normals(2, 40), normals(2, 40), normals(3, 1, 2, 2), torch.tensor([0, 2, 3]))
+    with pytest.raises(
+        ValueError, match="shrink of csrc/cpu.c does not take .*an index points at nothing: T 3, width 40,.* adapters 3,"
+    ):
+        shrink(normals(3, 40), c)
+    q, cells = normals(1, 2, 32), normals(1, 1, 16, 32)
+    with pytest.raises(ValueError, match="decode_attention .* page_size 16"):
+        decode_attention(q, cells, cells, CacheView(torch.tensor([16]), None, 16, 17, q.dtype), None)
+    heads, one = 2**18, torch.tensor([1])
+    q, k = torch.zeros(1, heads * 16), torch.zeros(1, 16)
+    terms = (q, heads * 16, k, 16, k, 16, 1, one - 1, one, one - 2, one - 1, one - 1, q)
+    with pytest.raises(MemoryError, match="packed_attention_forward of csrc/cpu.c got no memory: T 1, heads 262144"):
+        native.call("packed_attention_forward", 1, 1, heads, 1, 16, 2**30, *terms)
 
 
 SCRIPT = """

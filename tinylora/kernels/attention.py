@@ -202,7 +202,7 @@ def _native_arguments(q: Tensor, k: Tensor, v: Tensor, layout: Packing) -> tuple
     (T, heads, D), kv_heads = q.shape, k.shape[1]
     q, k, v = (x if x.stride(2) == 1 and x.stride(1) == D else x.contiguous() for x in (q, k, v))
     rows = [part for x in (q, k, v) for part in (x, x.stride(0))]
-    return T, heads, kv_heads, D, layout.most_keys, *rows, *layout.table
+    return T, heads, kv_heads, D, layout.most_keys, *rows, len(layout.lengths), *layout.table
 
 
 @cache
@@ -267,7 +267,8 @@ def packed_attention(
     """Causal attention inside each of the packed sequences and suffixes, with gradients for q, k and v."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return _varlen_attention(q, k, v, layout)
-    if _plain(q, layout.most_keys, layout) and dispatch.runs_native("packed_attention", q, q.shape[2] // 2):
+    D = q.shape[2]
+    if _plain(q, layout.most_keys, layout) and dispatch.runs_native("packed_attention", q, D, D // 2):
         return _NativeAttention.apply(q, k, v, layout)
     split = layout.split
     out = _whole(q[:split], k[:split], v[:split], layout)

@@ -28,6 +28,7 @@ from tinylora.files import cache_dir, write_text
 
 SOURCES = Path(__file__).parent.parent / "csrc"  # a link to csrc/ in a checkout, a folder in an installed package
 TORCH = Path(torch.__file__).parent
+HEADERS = TORCH / "include"
 OLDEST = (12, 8)  # the first nvcc that compiles for Blackwell
 FLAGS = ("-O3", "--threads=0", "-std=c++17", "-shared", "-Xcompiler=-fPIC,-Wall", "-Werror=all-warnings", "-Xptxas=-v")
 STABLE = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")  # 2.11: what is built serves it and later versions
@@ -65,7 +66,7 @@ def _nvcc() -> tuple[str, str]:
 def _command(nvcc: str, architectures: Sequence[str]) -> list[str]:
     codes = [f"-gencode=arch=compute_{a.removeprefix('sm_')},code={a}" for a in architectures]
     # By way of libtorch.so, which needs whatever this PyTorch has: with CUDA the stream's function is then found, without not.
-    torch_ = [f"-isystem={TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch"]
+    torch_ = [f"-isystem={HEADERS}", f"-L{TORCH / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch"]
     return [nvcc, *FLAGS, *STABLE, *codes, *torch_, str(SOURCES / "registration.cu")]
 
 
@@ -90,8 +91,8 @@ def library(architectures: Sequence[str]) -> Path:
     """
     if not (SOURCES / "registration.cu").exists():
         raise BuildError(f"this installation lacks {SOURCES}")
-    if not (TORCH / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
-        raise BuildError(f"this PyTorch lacks its headers, {TORCH / 'include' / 'torch' / 'csrc' / 'stable'}")
+    if not (HEADERS / "torch" / "csrc" / "stable" / "library.h").exists():
+        raise BuildError(f"this PyTorch lacks its headers, {HEADERS / 'torch' / 'csrc' / 'stable'}")
     nvcc, version = _nvcc()
     command = _command(nvcc, architectures)
     key = hashlib.sha256(json.dumps([command[1:], version, torch.__version__]).encode())

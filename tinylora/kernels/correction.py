@@ -60,7 +60,7 @@ class Correction:
         held = [k for k in (self.A, self.Bt, self.M, self.t, self.s) if k is not None]
         plain = all(k.dtype == torch.float32 and k.stride(-1) == 1 for k in held)
         adapter = self.row_adapter is None or (self.row_adapter.dtype == torch.int64 and self.row_adapter.is_contiguous())
-        return plain and adapter and self.rank <= native.MOST
+        return plain and adapter and self.M.shape[1] * self.M.shape[2] == self.rank <= native.MOST
 
     def refresh(self) -> None:
         """M was changed in place: so is what was derived from it, in its place, where a CUDA graph reads it."""

@@ -72,7 +72,7 @@ def rope_into_cache(
     """The tokens' q; their k and v go into the cache."""
     if view.table is not None and dispatch.runs_triton("decode_attention", qkv):
         return rope_cache_triton(qkv, cos, sin, h, keys, values, view.positions, view.table)
-    if dispatch.runs_native("decode_attention", qkv, h.head_dim // 2):
+    if dispatch.runs_native("decode_attention", qkv, h.head_dim, h.head_dim // 2):
         return rope_cache_native(qkv, cos, sin, h, keys, values, view.positions, view.table)
     q, k, v = rope(qkv, cos, sin, h, None)
     page, place = view.place
@@ -261,6 +261,6 @@ def decode_attention(
     """One query per slot against its cached keys up to and with its own position."""
     if view.table is not None and dispatch.runs_triton("decode_attention", q):
         return decode_attention_triton(q, keys, values, view, o)
-    if dispatch.runs_native("decode_attention", q, q.shape[2] // 2, c=o):
+    if dispatch.runs_native("decode_attention", q, q.shape[2], q.shape[2] // 2, c=o):
         return decode_attention_native(q, keys, values, view, o)
     return decode_attention_plain(q, keys, values, view, o)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).parent.parent / "csrc" / "cpu.c"
 # Vectors are written out. Left to the compiler, a loop has several paths, and a row's bits may depend on which it takes.
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-tree-vectorize", "-fno-math-errno", "-fopenmp", "-fPIC")
-MOST = 512  # columns of a correction, as the source knows too
+MOST, NO_MEMORY = 512, 2  # columns of a correction, and what a function returns; as the source knows too
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 PARALLEL = 4096  # numbers from which threads pay
 TYPES = {"l64": ctypes.c_int64, "float": ctypes.c_float}
@@ -88,14 +88,14 @@ def functions() -> dict[str, Any]:
         raise BuildError("this PyTorch has loaded no OpenMP runtime")
     ctypes.CDLL(loaded[0], mode=ctypes.RTLD_GLOBAL)
     library, source = ctypes.CDLL(str(build())), SOURCE.read_text()
-    shared = dict(re.findall(r"#define (PACK|CORRECTION) ((?:.*\\\n)*.*)\n", source))
+    shared = dict(re.findall(r"#define (PACK|CORRECTION|CACHE) ((?:.*\\\n)*.*)\n", source))
     found = {}
-    for name, parameters in re.findall(r"^void (\w+)\(([^)]*)\)", source, re.MULTILINE):
+    for name, parameters in re.findall(r"^int (\w+)\(([^)]*)\)", source, re.MULTILINE):
         for macro, text in shared.items():
             parameters = re.sub(rf"\b{macro}\b", text, parameters)
-        kinds = [ctypes.c_void_p if "*" in p else TYPES[p.split()[-2]] for p in parameters.split(",")]
         function = found[name] = getattr(library, name)
-        function.argtypes, function.restype = kinds, None
+        function.argtypes = [ctypes.c_void_p if "*" in p else TYPES[p.split()[-2]] for p in parameters.split(",")]
+        function.restype, function.parameters = ctypes.c_int, [p.split()[-1] for p in parameters.split(",")]
     return found
 
 
@@ -114,15 +114,23 @@ def keep_memory() -> None:
 def call(name: str, work: int, *arguments: Any) -> None:
     """Run a function on tensors, numbers and None (NULL), threaded where `work`, about the numbers it touches, is worth it.
 
-    Tensors must stay alive until it returns, and are not checked.
+    Tensors must stay alive until it returns, and how large they are is not checked. ValueError where the function does not take
+    a width, a count or a stride, or where an index, of an adapter, a position or a page, points at nothing; it has then changed
+    nothing.
     """
-    threads = torch.get_num_threads() if work >= PARALLEL else 1
-    functions()[name](*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], threads)
+    threads, function = torch.get_num_threads() if work >= PARALLEL else 1, functions()[name]
+    status = function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], threads)
+    if status:
+        named = zip(function.parameters, arguments, strict=False)
+        numbers = ", ".join(f"{parameter} {a}" for parameter, a in named if isinstance(a, int))
+        if status == NO_MEMORY:
+            raise MemoryError(f"{name} of csrc/cpu.c got no memory: {numbers}")
+        raise ValueError(f"{name} of csrc/cpu.c does not take these numbers, or an index points at nothing: {numbers}")
 
 
 def fits(x: Tensor, *widths: int) -> bool:
-    """Whether the kernels take rows of these widths, multiples of 8, in this dtype."""
-    return x.dtype == torch.float32 and not any(n % 8 for n in widths)
+    """Whether the kernels take rows in this dtype. `widths`: all that they walk in eights, of a head both D and D / 2."""
+    return x.dtype == torch.float32 and all(n > 0 and n % 8 == 0 for n in widths)
 
 
 def rows(x: Tensor | None) -> tuple[Tensor | None, int]:
@@ -144,12 +152,12 @@ def cells(slots: int, keys: Tensor, values: Tensor, positions: Tensor, table: Te
         raise ValueError(
             f"{slots} slots, and {len(positions)} positions; rows of a decode step come in multiples of 8 on a CPU"
         )
-    return keys, values, positions, table, 0 if table is None else table.shape[1], keys.shape[2]
+    return keys, values, positions, table, len(keys), 0 if table is None else table.shape[1], keys.shape[2]
 
 
 def mixing(c: "Correction | None", transposed: bool = False) -> tuple[Any, ...]:
     """What a function takes of a correction, for z in the forward or for sM in the backward. `c` keeps it all alive."""
     if c is None:
-        return None, 0, None, None, None, 0, 0, 1, 0
+        return None, 0, None, None, None, 0, 0, 0, 1, 0
     factor, kept = (c.Bt, c.s) if transposed else (c.A, c.t)
-    return factor, factor.stride(0), c.flat_M, c.row_adapter, *rows(kept), c.rank, c.M.shape[2], int(transposed)
+    return factor, factor.stride(0), c.flat_M, c.row_adapter, *rows(kept), len(c.M), c.rank, c.M.shape[2], int(transposed)

@@ -329,7 +329,7 @@ def rope_backward_triton(
 def rope_native(qkv: Tensor, cos: Tensor, sin: Tensor, h: Heads) -> tuple[Tensor, Tensor, Tensor]:
     """The forward in C. v is a view of qkv."""
     out = qkv.new_empty(len(qkv), h.heads + h.kv_heads, h.head_dim)
-    _call_native(qkv, cos, sin, h, out, (None, None, None, None, 0, 0))
+    _call_native(qkv, cos, sin, h, out, (None, None, None, None, 0, 0, 0))
     q, k = out.split((h.heads, h.kv_heads), 1)
     return q, k, qkv[:, : h.width].unflatten(1, (-1, h.head_dim))[:, h.heads + h.kv_heads :]
 
@@ -363,7 +363,7 @@ def rope_backward_native(
 
 
 def _forward_op(qkv: Tensor, h: Heads):  # type: ignore[no-untyped-def]
-    return dispatch.choose("rope", qkv, rope_native, rope_triton, rope_plain, h.head_dim // 2)
+    return dispatch.choose("rope", qkv, rope_native, rope_triton, rope_plain, h.head_dim, h.head_dim // 2)
 
 
 class _Rope(torch.autograd.Function):
@@ -377,9 +377,9 @@ class _Rope(torch.autograd.Function):
     def backward(ctx, dq, dk, dv):  # type: ignore[no-untyped-def]
         cos, sin, qkv = ctx.saved_tensors
         ops = (rope_backward_native, rope_backward_triton, rope_backward_plain)
-        dqkv = dispatch.choose("rope", dq, *ops, ctx.heads.head_dim // 2, c=ctx.inner)(
-            dq, dk, dv, qkv, cos, sin, ctx.heads, ctx.inner
-        )
+        D = ctx.heads.head_dim
+        op = dispatch.choose("rope", dq, *ops, D, D // 2, c=ctx.inner)
+        dqkv = op(dq, dk, dv, qkv, cos, sin, ctx.heads, ctx.inner)
         return dqkv[:, : ctx.width], None, None, None, None, None
 
 

@@ -54,7 +54,7 @@ class ModelConfig:
             raw = json.loads(path.read_text())
         except FileNotFoundError:
             raise InputError(f"{directory} is not a model directory: it has no config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, or an integer of thousands of digits
             raise InputError(f"{path} is not valid JSON: {error}") from None
         return ModelConfig.from_dict(raw, str(path))
 
@@ -76,17 +76,37 @@ class ModelConfig:
                 unsupported.append(flag)
         if unsupported:
             raise InputError(f"{source} asks for what this decoder does not have: {'; '.join(unsupported)}")
+
+        def count(field: str, default: int | None = None) -> int:
+            value = raw[field] if default is None else raw.get(field)
+            if value is None and default is not None:
+                return default
+            if type(value) is not int or value < 1:  # True is an int too
+                raise InputError(f"{source}: {field} is {json.dumps(value)}; it must be a positive integer")
+            return value
+
         try:
-            heads = raw["num_attention_heads"]
+            heads, hidden = count("num_attention_heads"), count("hidden_size")
+            kv_heads, head_dim = count("num_key_value_heads", heads), count("head_dim", hidden // heads or 1)
+            derived = raw.get("head_dim") is None
+            if heads % kv_heads:
+                raise InputError(f"{source}: num_key_value_heads is {kv_heads}; it must divide num_attention_heads, {heads}")
+            if derived and hidden % heads:
+                raise InputError(
+                    f"{source}: hidden_size is {hidden}; without head_dim it must be a multiple of num_attention_heads, {heads}"
+                )
+            if head_dim % 2:
+                why = f", hidden_size {hidden} / num_attention_heads {heads}" if derived else ""
+                raise InputError(f"{source}: head_dim is {head_dim}{why}; it must be even")
             return ModelConfig(
                 family=family,
-                vocab_size=raw["vocab_size"],
-                hidden_size=raw["hidden_size"],
-                intermediate_size=raw["intermediate_size"],
-                num_layers=raw["num_hidden_layers"],
+                vocab_size=count("vocab_size"),
+                hidden_size=hidden,
+                intermediate_size=count("intermediate_size"),
+                num_layers=count("num_hidden_layers"),
                 num_heads=heads,
-                num_kv_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+                num_kv_heads=kv_heads,
+                head_dim=head_dim,
                 norm_eps=raw.get("rms_norm_eps", 1e-6),
                 qkv_bias=family == "qwen2" or raw.get("attention_bias", False),
                 o_bias=family != "qwen2" and raw.get("attention_bias", False),
