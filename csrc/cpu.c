@@ -111,7 +111,7 @@ INLINE int takes_rows(l64 T, l64 width, l64 stride, l64 tail, const Correction *
     if (!is_count(T) || !is_multiple(width, 8) || !is_count(tail) || !is_multiple(threads, 1)) return 0;
     if (!is_count(c->rank) || c->rank > MOST || !is_multiple(c->r, 1) || c->rank % c->r) return 0;
     if (stride < width + c->rank + tail || stride > LIMIT) return 0;
-    if (!c->rank) return REFUSED;
+    if (!c->rank) return 1;
     if (!readable(c->rank, c->factor_stride, width) || (c->kept && !apart(T, c->kept_stride, c->rank))) return 0;
     return is_multiple(c->adapters, 1) && (!c->adapter || within(c->adapter, T, c->adapters));
 }
