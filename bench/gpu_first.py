@@ -15,7 +15,6 @@ from torch import Tensor
 from bench import decode as decode_bench
 from bench.facts import Skipped
 from bench.gpu_run import Run, decoding, kernels, measured, shown, small_shapes, start, steps_of, update, weight_count
-from bench.measure import card as machine_card
 from bench.measure import seconds_in
 from bench.models import gsm8k_like
 from tinylora.adapter import Adapter, TinyLoRAConfig
@@ -37,7 +36,7 @@ Model = tuple[Decoder, Adapter]
 
 
 def card(run: Run) -> None:
-    """Who measures: GPU, driver, versions, commit; and the rates that floors are computed from."""
+    """What is installed here; and the rates that floors are computed from."""
     versions = {}
     for name in ("torch", "triton", "transformers", "peft", "numpy", "tyro", "math-verify", "datasets", "trl"):
         try:
@@ -53,7 +52,7 @@ def card(run: Run) -> None:
         ]
         smi = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
     tools = {name: shutil.which(name) is not None for name in ("git", "gcc", "nvcc", "compute-sanitizer")}
-    run.fact(**machine_card(), device=str(run.device), shape=run.shape, versions=versions, smi=smi, tools=tools)
+    run.fact(versions=versions, smi=smi, tools=tools)
     run.fact(gemm_tflops=run.rates[0] / 1e12, copy_gbytes_per_second=run.rates[1] / 1e9)
 
 

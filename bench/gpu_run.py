@@ -36,6 +36,7 @@ class Run:
         self.device, self.shape, self.gpu = torch.device(device), shape, device.startswith("cuda")
         self.dtype = torch.bfloat16 if self.gpu else torch.float32
         self.facts, self.stage = facts, ""
+        facts("machine", **measure.card(), device=device, shape=shape)
 
     def fact(self, **data: Any) -> None:
         assert not OUTCOMES & data.keys(), "these are the driver's words"

@@ -1,7 +1,8 @@
 """Committed results -> the README's tables and a figure: python -m bench.report
 
 Reads every JSON under bench/results, writes Markdown between the two `bench` comments of README.md and, where matplotlib is
-installed, bench/results/linear.svg. Nothing is measured here, so running it twice changes nothing.
+installed, bench/results/linear.svg. What bench.gpu left, every results.jsonl, goes between the `gpu` comments of docs/speed.md,
+and as one row of README.md. Nothing is measured here, so running it twice changes nothing.
 """
 
 import importlib.util
@@ -10,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import gpu_report
+from bench.tables import by_case, implementations, markdown, ops_tables
+
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+GPU = "<!-- gpu -->", "<!-- /gpu -->"
 Result = dict[str, Any]
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)).replace("|  |", "| |")
 
 
 def machine(result: Result) -> str:
@@ -39,42 +40,6 @@ def step_table(result: Result) -> str:
         per_second = f"{tokens:,.0f}" if tokens else ""
         rows.append([label, f"{seconds * 1e3:.0f}", per_second, f"{seconds / floor[name.split('/')[0]]:.1f}", ratio])
     return markdown(["", "ms", "tokens/s", "x floor", "ratio"], rows)
-
-
-def by_case(result: Result) -> dict[str, dict[tuple[str, str], Result]]:
-    """case -> (pass, implementation) -> row."""
-    cases: dict[str, dict[tuple[str, str], Result]] = {}
-    for row in result["rows"]:
-        cases.setdefault(row["case"], {})[row["pass"], row["implementation"]] = row
-    return cases
-
-
-def implementations(cases: Sequence[dict[tuple[str, str], Result]]) -> list[str]:
-    return list(dict.fromkeys(name for rows in cases for _, name in rows if name != "bare"))
-
-
-def ops_tables(result: Result) -> str:
-    """Linears as multiples of the bare product, forward / forward + backward; the others in microseconds and megabytes."""
-    linear, other = {}, {}
-    for case, rows in by_case(result).items():
-        (linear if ("forward", "bare") in rows else other)[case] = rows
-    parts = []
-    if linear:
-        names = implementations(list(linear.values()))
-        table = []
-        for case, rows in linear.items():
-            pairs = [[rows.get((p, name)) for p in ("forward", "forward+backward")] for name in names]
-            table.append([case, *(" / ".join(f"{r['x_bare']:.2f}" if r else "" for r in pair) for pair in pairs)])
-        parts.append(markdown(["x bare linear: forward / forward + backward", *names], table))
-    if other:
-        names = implementations(list(other.values()))
-        table = []
-        for case, rows in other.items():
-            found = [rows.get(("forward+backward", name)) for name in names]
-            cells = [f"{r['us']['median']:,.0f} us, {r['peak_extra_bytes'] / 1e6:,.0f} MB" if r else "" for r in found]
-            table.append([case, *cells])
-        parts.append(markdown(["forward + backward, and peak extra memory", *names], table))
-    return "\n\n".join(parts)
 
 
 def attach_line(result: Result) -> str:
@@ -141,12 +106,12 @@ def section(results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
-def replace_section(text: str, new: str) -> str:
+def replace_section(text: str, new: str, begin: str = BEGIN, end: str = END) -> str:
     """text with what lies between the two comments replaced. ValueError where they are not there once each."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the README needs one {BEGIN} and one {END}")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{new}\n{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"the page needs one {begin} and one {end}")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{new}\n{end}{rest.split(end)[1]}"
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -177,8 +142,11 @@ def draw(results: Sequence[Result], path: Path) -> None:
 def main(root: Path = ROOT) -> None:
     files = sorted((root / "bench" / "results").rglob("*.json"))
     results = [json.loads(file.read_text()) for file in files]
-    readme = root / "README.md"
-    readme.write_text(replace_section(readme.read_text(), section([r for r in results if "bench" in r])))
+    machines = [m for file in sorted((root / "bench" / "results").rglob("results.jsonl")) for m in gpu_report.read(file)]
+    readme, speed = root / "README.md", root / "docs" / "speed.md"
+    text = replace_section(readme.read_text(), section([r for r in results if "bench" in r]))
+    readme.write_text(replace_section(text, gpu_report.row(machines), *GPU))
+    speed.write_text(replace_section(speed.read_text(), gpu_report.tables(machines), *GPU))
     linears = [r for r in results if r.get("bench") == "ops" and any(row["x_bare"] for row in r["rows"])]
     if linears and importlib.util.find_spec("matplotlib"):
         draw(linears, root / "bench" / "results" / "linear.svg")

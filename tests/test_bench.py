@@ -278,8 +278,11 @@ def committed(kind: str) -> dict:
 
 
 def test_the_readme_says_what_the_committed_results_say(tmp_path: Path) -> None:
-    """`python -m bench.report` would change nothing."""
+    """`python -m bench.report` would change nothing, in docs/speed.md neither."""
     shutil.copytree(RESULTS, tmp_path / "bench" / "results")
+    (tmp_path / "docs").mkdir()
+    speed = (RESULTS.parent.parent / "docs" / "speed.md").read_text()
+    (tmp_path / "docs" / "speed.md").write_text(speed)
     readme = (RESULTS.parent.parent / "README.md").read_text()
     start, end = readme.index(report.BEGIN), readme.index(report.END)
     assert f"| whole step, tinylora | {committed('step')['seconds']['step/ours']['median'] * 1e3:.0f} |" in readme[start:end]
@@ -287,6 +290,7 @@ def test_the_readme_says_what_the_committed_results_say(tmp_path: Path) -> None:
         (tmp_path / "README.md").write_text(text)
         report.main(tmp_path)
         assert (tmp_path / "README.md").read_text() == readme
+        assert (tmp_path / "docs" / "speed.md").read_text() == speed
     for broken in (readme.replace(report.END, ""), readme + report.BEGIN):
         with pytest.raises(ValueError, match="needs one <!-- bench -->"):
             report.replace_section(broken, "")
