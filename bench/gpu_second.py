@@ -124,6 +124,8 @@ def tests(run: Run) -> None:
                 run.fact(test=found[1].removeprefix("tests/"), outcome=outcome)
     every = {f"tests_{name}": counts.get(name, 0) for name in ("passed", "failed", "skipped", "error")}
     run.fact(exit=child.returncode, **every)
+    if counts.keys() == {"skipped"}:
+        raise Skipped(f"all of its {counts['skipped']} tests do")
     if child.returncode or not counts:
         raise RuntimeError("\n".join(line for line in said if line.startswith(("E ", "FAILED", "ERROR")))[-2000:] or said[-1])
 
