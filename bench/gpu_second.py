@@ -125,7 +125,7 @@ def tests(run: Run) -> None:
     every = {f"tests_{name}": counts.get(name, 0) for name in ("passed", "failed", "skipped", "error")}
     run.fact(exit=child.returncode, **every)
     if counts.keys() == {"skipped"}:
-        raise Skipped(f"all of its {counts['skipped']} tests do")
+        raise Skipped("every one of its tests does")
     if child.returncode or not counts:
         raise RuntimeError("\n".join(line for line in said if line.startswith(("E ", "FAILED", "ERROR")))[-2000:] or said[-1])
 
