@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -218,21 +219,14 @@ def step(run: Run) -> None:
     if run.gpu:
         torch.cuda.reset_peak_memory_stats()
     size = decoder.embedding.element_size()
+    sample = partial(rollout, decoder, matrices, prompts, samples, cache_bytes=plan.cache)
+    sample(Sampling(longest), limits=[2] * len(limits))  # captures and compiles what the timed ones replay
     for turn in range(3):
         usage = Usage()
         run.sync()
         began = time.perf_counter()
         with seconds_in([(Slots, "step"), (_Rollout, "_prefill")], str(run.device)) as busy:
-            completions = rollout(
-                decoder,
-                matrices,
-                prompts,
-                samples,
-                Sampling(longest, seed=turn),
-                cache_bytes=plan.cache,
-                limits=limits,
-                usage=usage,
-            )
+            completions = sample(Sampling(longest, seed=turn), limits=limits, usage=usage)
             run.sync()
             spent = time.perf_counter() - began
             host = 1 - busy() / spent

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import gpu
+
 ROOT = Path(__file__).parent.parent
 MISSING = ("tyro", "math_verify", "datasets", "trl")
 SCRIPTS = ("tinylora/rl/grader_worker.py",)  # not imported: a process of its own, and of graders that need math-verify
@@ -187,9 +189,16 @@ def test_the_driver_ends_green(call, ran, skipped, bare: dict[str, str], tmp_pat
 @pytest.mark.parametrize("which", [0, 1])
 def test_an_injected_failure_leaves_the_others_running(which: int, bare: dict[str, str], tmp_path: Path) -> None:
     """In every second stage, then in the others: each fails once while its neighbours run, and the end is red."""
-    names = [n for n in FIRST if n not in ("csrc_build", "training")]  # those two take a minute
-    broken = names[which::2]
-    status, facts = driven(bare, tmp_path / "out", "first", "--only", ",".join(names), "--fail", ",".join(broken))
+    broken = list(gpu.FIRST)[which::2]
+    status, facts = driven(bare, tmp_path / "out", "first", "--fail", ",".join(broken))
     assert status == 1
-    assert list(ended(facts, "ok")) == [n for n in names if n not in broken]
+    assert list(ended(facts, "ok")) == [n for n in FIRST if n not in broken]
+    assert list(ended(facts, "skipped")) == [n for n in gpu.FIRST if n in SKIPPED and n not in broken]
+    assert ended(facts, "failed") == dict.fromkeys(broken, "RuntimeError: injected")
+
+
+def test_a_failure_in_the_second_call(bare: dict[str, str], tmp_path: Path) -> None:
+    broken = list(gpu.SECOND)[:-1]
+    status, facts = driven(bare, tmp_path / "out", "second", "--fail", ",".join(broken))
+    assert status == 1 and list(ended(facts, "skipped")) == ["real_model"]
     assert ended(facts, "failed") == dict.fromkeys(broken, "RuntimeError: injected")
