@@ -163,7 +163,8 @@ def decode(run: Run) -> None:
                     flop = 2 * weight_count(decoder) * bucket
                     floor = max(moved / run.rates[1], flop / run.rates[0]) * 1e3
                     row = {"adapters": adapters, "bucket": bucket, "context": context, "ms": ms, "floor_ms": floor}
-                    plain.setdefault((bucket, context), ms)
+                    if not adapters:
+                        plain[bucket, context] = ms
                     ratio = ms / plain[bucket, context] if adapters and (bucket, context) in plain else None
                     run.fact(**row, x_floor=ms / floor, tokens_per_second=bucket / ms * 1e3, x_adapter_off=ratio)
 
