@@ -78,7 +78,9 @@ class Run:
         self.sync()
 
     def release(self) -> None:
-        """What a stage leaves behind, the model aside."""
+        """What a stage leaves behind, the model's weights aside."""
+        if "model" in self.__dict__:
+            self.model[0].kept = None  # a rollout's keys, values and graphs
         gc.collect()
         if self.gpu:
             torch.cuda.empty_cache()
