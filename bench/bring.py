@@ -16,6 +16,7 @@ import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,10 +44,12 @@ from torch import Tensor
 
 import tinylora.rl.slots as slots_module
 from bench.models import SHAPES, random_adapter, random_decoder
+from tinylora.adapter import Adapter, TinyLoRAConfig
 from tinylora.kernels import (
     add_norm,
     decode_attention,
     dispatch,
+    frozen_linear,
     fused_linear,
     proof,
     reduce_dm,
@@ -58,7 +61,8 @@ from tinylora.kernels import (
     token_logprobs,
 )
 from tinylora.model import decoder as decoder_module
-from tinylora.model.decoder import KVCache
+from tinylora.model import load_model
+from tinylora.model.decoder import Decoder, KVCache
 from tinylora.rl.slots import Sampling, Slots
 
 MODULES = (add_norm, swiglu, rope, shrink, decode_attention, fused_linear, reduce_dm, sampling, token_logprobs)
@@ -124,21 +128,43 @@ def compile_checks(compiler: Compiler, architecture: int) -> None:
                     pass
 
 
-def compile_engine(compiler: Compiler, shape: str, dtype: torch.dtype, rows: tuple[int, ...], tokens: tuple[int, ...]) -> None:
-    """What rollout and update launch at these slot counts and tokens: two layers stand for all."""
+def of_two_layers(shape: str) -> tuple[Decoder, Adapter]:
+    """A random model in bf16; two layers stand for all."""
     hidden, ffn, _, *rest = SHAPES[shape]
-    with patch.dict(SHAPES, {shape: (hidden, ffn, 2, *rest)}), without_arithmetic(compiler):
-        model = random_decoder(shape, CPU, dtype)
-        adapter = random_adapter(model)
+    with patch.dict(SHAPES, {shape: (hidden, ffn, 2, *rest)}):
+        model = random_decoder(shape, CPU, torch.bfloat16)
+    return model, random_adapter(model)
+
+
+def built_in(dtype: str) -> tuple[Decoder, Adapter]:
+    """The built-in model, by which bench.gpu compares a GPU with a CPU."""
+    model = load_model("builtin", "cpu", dtype)
+    return model, Adapter(model, TinyLoRAConfig(u=13, n_tie="all"))
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Neither rows nor ranks are padded to a multiple of 8, as they are on a CPU: both are in a kernel's key."""
+    with patch.object(frozen_linear, "NARROW", 1), patch.object(decoder_module, "NARROW", 1):
+        yield
+
+
+def compile_engine(
+    compiler: Compiler, model: Decoder, adapter: Adapter, rows: tuple[int, ...], tokens: tuple[int, ...]
+) -> None:
+    """What rollout and update launch at these slot counts and tokens, and a step of the base at these slot counts."""
+    with without_arithmetic(compiler):
         with torch.inference_mode():
             for count in rows:
                 cache = KVCache(model.config, 16 * count, 64, model.embedding, count, 1024)
-                for temperature in (1.0, 0.0):
-                    slots = Slots(model, Sampling(64, temperature, eos_ids=(1,)), count, cache, 1)
-                    slots.set_matrices(adapter.matrices())
+                for temperature, adapters in ((1.0, 1), (0.0, 1), (1.0, 0)):
+                    slots = Slots(model, Sampling(64, temperature, eos_ids=(1,)), count, cache, adapters)
+                    slots.set_matrices(adapter.matrices() if adapters else None)
                     slots._step(count, 0)
         for count in tokens:
-            hidden_states = model.packed(torch.zeros(count, dtype=torch.long), [count], adapter.matrices())
+            sequences = 16 if count % 16 == 0 else 5
+            lengths = [count + 1 - sequences, *[1] * (sequences - 1)]
+            hidden_states = model.packed(torch.zeros(count, dtype=torch.long), lengths, adapter.matrices())
             logp, _ = token_logprobs.token_logprobs_triton(hidden_states, model.head, torch.zeros(count, dtype=torch.long))
             logp.sum().backward()
             with torch.inference_mode():
@@ -156,9 +182,12 @@ def main(arguments: list[str] | None = None) -> None:
     compiler, began = Compiler(), time.monotonic()
     compile_checks(compiler, o.arch)
     print(f"{len(compiler.kernels)} kernels of the self-check, {time.monotonic() - began:.0f} s", flush=True)
-    for shape in o.shapes:
-        compile_engine(compiler, shape, torch.bfloat16, (1, 2, 16), (150, 160, 2304, 2311))
-        print(f"{len(compiler.kernels)} kernels with {shape}'s, {time.monotonic() - began:.0f} s", flush=True)
+    models = {shape: partial(of_two_layers, shape) for shape in o.shapes}
+    models |= {f"the built-in model in {dtype}": partial(built_in, dtype) for dtype in ("float32", "bfloat16")}
+    for name, model in models.items():
+        with as_on_a_gpu():
+            compile_engine(compiler, *model(), (1, 2, 16), (150, 160, 2304, 2311))
+        print(f"{len(compiler.kernels)} kernels with {name}, {time.monotonic() - began:.0f} s", flush=True)
     with tarfile.open(o.into / "triton.tgz", "w:gz") as archive:
         archive.add(CACHE, arcname=".")
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(o.into), *WHEELS]

@@ -79,7 +79,9 @@ class Run:
         self.sync()
 
     def release(self) -> None:
-        """What a stage leaves behind, the model aside."""
+        """What a stage leaves behind, the model's weights aside."""
+        if "model" in self.__dict__:
+            self.model[0].kept = None  # a rollout's keys, values and graphs
         gc.collect()
         if self.gpu:
             torch.cuda.empty_cache()
@@ -144,7 +146,20 @@ def start(slots: Slots, context: int) -> None:
 
 
 def update(run: Run, prompts: list[list[int]], completions: list[Completion], budget: int, profiled: bool = False) -> None:
-    """One microbatch forward and backward: time, MFU, the same bits three times, and the distance from the rollout."""
+    """One microbatch forward and backward: time, MFU, the same bits three times, and the distance from the rollout. Where
+    memory runs out, the same of half the tokens."""
+    try:
+        _update(run, prompts, completions, budget, profiled)
+        return
+    except torch.OutOfMemoryError as error:
+        if budget < 2048:
+            raise
+        run.fact(out_of_memory=str(error)[:300], tokens=budget)
+    gc.collect()
+    update(run, prompts, completions, budget // 2, profiled)
+
+
+def _update(run: Run, prompts: list[list[int]], completions: list[Completion], budget: int, profiled: bool) -> None:
     decoder, adapter = run.model
     part = _microbatches(range(len(completions)), prompts, completions, budget)[0]
     found: list[tuple[Tensor, Tensor]] = []

@@ -3,10 +3,12 @@
 TINYLORA_GPU_TESTS=cpu runs what it can on a CPU instead, where kernels are plain PyTorch: a test of these tests.
 """
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -34,6 +36,15 @@ DEVICE = torch.device("cpu" if ON_CPU else "cuda")
 GPU = torch.device("cuda", 0)
 DRAWS = 2 if ON_CPU else 8  # of v and tokens, whose errors are pooled: of one draw alone a ratio over 2 is chance
 EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """A model and the cache that a rollout left with it hold each other: the collector alone frees them, and seldom comes."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.memory_allocated() > 1 << 33:
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,8 @@ def test_it_fits_what_is_free(model):
     tight = plan_memory(model, 100, 64, None, free=300 * (per_token + per_position))
     assert 100 <= tight.microbatch_tokens < 4096
     assert tight.activations + tight.cache <= 0.9 * tight.free and tight.cache >= 100 * per_position
+    little = plan_memory(model, 100, 4, None, free=300 * (per_token + per_position))  # what so small a cache leaves
+    assert little.cache == 400 * per_position and little.activations + little.cache > 0.9 * little.free - per_token
     assert plan_memory(model, 100, 64, 777, free=1 << 32).microbatch_tokens == 777
     with pytest.raises(InputError, match="out of memory before the first step"):
         plan_memory(model, 100, 64, None, free=90 * (per_token + per_position))

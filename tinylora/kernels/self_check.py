@@ -338,7 +338,7 @@ def packed_attention_check(device: torch.device, dtype: torch.dtype, seed: int) 
 def sampling_check(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[Case]:
     """u in the middle of some likely token's share of [0, 1), so that rounding cannot change which token it is."""
     randn = normals(device, dtype, seed)
-    for rows, vocab in ((7, 9000), (3, 50), (1, 4096)):
+    for rows, vocab in ((7, 9000), (3, 50), (33, 4096)):  # of one row, twice plain's error is a matter of luck
         logits = 4 * randn(rows, vocab)
         logits[:, vocab // 3] = 24  # more than any other: no ties
         for temperature in (1.3, 0.0):

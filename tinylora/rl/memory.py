@@ -104,7 +104,7 @@ def plan_memory(
     tokens, usable = min(microbatch_tokens or max(TOKENS[kind], longest), longest * sequences), int(SHARE * free)
     wanted = per_position * longest * min(sequences, MOST_SLOTS[kind])
     if per_token * tokens + wanted > usable:
-        tokens = min(tokens, max(longest, usable // 2 // per_token))
+        tokens = min(tokens, max(longest, max(usable // 2, usable - wanted) // per_token))
     cache = min(wanted, usable - per_token * tokens)
     if cache < per_position * longest:
         least = per_token * longest + per_position * longest
