@@ -1,6 +1,6 @@
 """What a GPU machine without a network is to be sent, made by one command: python -m bench.bring
 
-    .bring/triton.tgz    every Triton kernel that bench.gpu will launch there, compiled here, without a GPU: 18 MB
+    .bring/triton.tgz    every Triton kernel that bench.gpu will launch there, compiled here, without a GPU: 23 MB
     .bring/*.whl         the few pure Python packages that such a machine lacks, where pip finds them: 0.7 MB
 
 Run it at the very commit that travels, under that machine's own Triton and Python: Triton's key is a hash of its own files, a
@@ -10,6 +10,7 @@ kernel's source, options and target, so the same wheel and checkout find every k
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -178,6 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="*", default=["qwen7b"], choices=list(SHAPES), help="of bench.models, in bf16")
     o = parser.parse_args(arguments)
     o.into.mkdir(exist_ok=True)
+    shutil.rmtree(CACHE, ignore_errors=True)  # an older commit's kernels would travel too
     triton.runtime.driver.set_active(aot.FakeDriver(o.arch))
     compiler, began = Compiler(), time.monotonic()
     compile_checks(compiler, o.arch)

@@ -45,7 +45,7 @@ FIRST = {
 }
 SECOND = {  # of bench.gpu_second
     "peers": 120,
-    "tests": 200,
+    "tests": 260,
     "sanitizer": 120,
     "cuda_backend": 60,
     "autotune": 60,

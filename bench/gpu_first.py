@@ -48,7 +48,7 @@ def card(run: Run) -> None:
     if shutil.which("nvidia-smi"):
         query = [
             "nvidia-smi",
-            "--query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit",
+            "--query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit,compute_mode",
             "--format=csv,noheader",
         ]
         smi = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()

@@ -217,7 +217,7 @@ def scored(model, adapter, seed, prompts, completions):  # type: ignore[no-untyp
 def test_update(family, sizes, prompts, samples, longest, backend, dtype, tiny_model, monkeypatch):
     """Log-probs and the gradient of v, errors pooled over draws of v and tokens; the same bits twice."""
     path = tiny_model(family, **SIZES[sizes])
-    draws = [batch(seed, prompts, samples, longest) for seed in range(DRAWS if longest < 100 else 2)]
+    draws = [batch(seed, prompts, samples, longest) for seed in range(DRAWS if longest < 100 else 4)]
     found = []
     twice = [(backend, dtype, DEVICE)] * 2
     for name, type_, device in (("addmm", "float64", "cpu"), ("addmm", dtype, DEVICE), *twice):
