@@ -2,10 +2,21 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tinylora.kernels import add_norm, rope, shrink, swiglu
+from tinylora.kernels import correction as correction_module
 from tinylora.kernels import linear as linear_module
-from tinylora.kernels.correction import CHAIN, Correction, padded, padded_width, row_config, row_stride
+from tinylora.kernels.correction import (
+    CHAIN,
+    Correction,
+    onednn_keeps_rows,
+    onednn_linear,
+    padded,
+    padded_width,
+    row_config,
+    row_stride,
+)
 from tinylora.kernels.frozen_linear import FrozenLinear
 from tinylora.kernels.fused_linear import config as linear_config
 from tinylora.kernels.linear import linear, linear_ref
@@ -237,6 +248,27 @@ def test_long_sums_are_not_onednns(products):
         linear(torch.zeros(8, K), group, None)
         assert len(products) == called
         products.clear()
+
+
+@pytest.mark.parametrize("rows", [8, 24, 64, 96])
+@pytest.mark.parametrize("width, columns", [(64, 64), (400, 128), (512, 16), (896, 1152)])
+def test_a_rows_bits_are_its_own(rows, width, columns):
+    """Whichever library multiplies here, in a weight as it lies and transposed."""
+    randn = draw(5)
+    x, weight, transposed = randn(256, width).float(), randn(columns, width).float(), randn(width, columns).float().T
+    for w in (weight, transposed):
+        assert torch.equal(onednn_linear(x[:rows], w), onednn_linear(x, w)[:rows])
+
+
+def test_onednn_is_left_out_where_rows_depend_on_the_batch(monkeypatch):
+    """As in PyTorch 2.11: MKL's bits then, which a oneDNN that is wrong in small batches shows."""
+    real = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda x, *rest: real(x, *rest) + (len(x) < 16) * 1e-6)
+    keeps = onednn_keeps_rows.__wrapped__()
+    assert not keeps
+    monkeypatch.setattr(correction_module, "onednn_keeps_rows", lambda: keeps)
+    x, weight = draw(6)(8, 64).float(), draw(7)(64, 64).float()
+    assert torch.equal(onednn_linear(x, weight), F.linear(x, weight))
 
 
 def test_repacking_leaves_nothing_of_the_adapter_before(monkeypatch):

@@ -122,7 +122,8 @@ def compute_basis(weights: dict[str, Tensor], r: int, key: str, basis: str = "to
     path = cache_dir() / f"basis-{key}-r{r}{kind}-v{_CACHE_VERSION}.safetensors"
     try:
         stored = load_file(path)
-        return {name: (stored[f"{name}.A"], stored[f"{name}.B"]) for name in weights}
+        # MKL's bits depend on where a matrix begins: a copy begins at a multiple of 64 bytes, as a computed factor does.
+        return {name: (stored[f"{name}.A"].clone(), stored[f"{name}.B"].clone()) for name in weights}
     except FileNotFoundError:
         pass
     except (OSError, SafetensorError, KeyError) as error:

@@ -12,7 +12,7 @@ Triton gives up wide stores and asynchronous copies. On a CPU one row follows th
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -120,9 +120,20 @@ def narrow_product(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias by oneDNN, where it is there for contiguous fp32 rows on a CPU; otherwise by `F.linear`."""
-    takes = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and torch.backends.mkldnn.is_available()
+    """x weight^T + bias by oneDNN for contiguous fp32 rows on a CPU, where it keeps a row's bits; otherwise by `F.linear`."""
+    takes = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and onednn_keeps_rows()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") if takes else F.linear(x, weight, bias)
+
+
+@cache
+def onednn_keeps_rows() -> bool:
+    """Whether oneDNN is there, and keeps a row's bits in batches of 8 to 128: PyTorch 2.12 and 2.13 do, 2.11 does not."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(192, 512, generator=g, dtype=torch.float32, device="cpu").split([128, 64])
+    whole, *parts = (torch.ops.mkldnn._linear_pointwise(x[:n], weight, None, "none", [], "") for n in (128, 8, 16, 32, 64))
+    return all(torch.equal(part, whole[: len(part)]) for part in parts)
 
 
 def write_z(x: Tensor, width: int, c: Correction | None) -> None:
