@@ -18,6 +18,7 @@ from bench import ops as ops_bench
 from bench.facts import OUTCOMES, Facts, Skipped
 from bench.measure import copy_rate, gemm_rate
 from bench.models import random_adapter, random_decoder
+from bench.verdicts import worst
 from tinylora.adapter import Adapter
 from tinylora.kernels.linear import fp32_sums
 from tinylora.kernels.token_logprobs import token_logprobs
@@ -95,10 +96,9 @@ class Run:
 def shown(verdict: dict[str, Any]) -> dict[str, Any]:
     """A verdict as a fact: its case that comes closest to failing, in place of all of them."""
     cases = verdict.get("cases", [])
-    closest = max(cases, key=lambda c: c["error"] / (c["allowed"] or 1e-300) if c["error"] is not None else 1e300, default=None)
     same = all(c["same_bits"] for c in cases)
     kept = {k: verdict[k] for k in ("op", "dtype", "error", "seconds") if k in verdict}
-    return kept | {"closest": closest, "same_bits": same}
+    return kept | {"closest": worst(cases), "same_bits": same}
 
 
 def weight_count(decoder: Decoder) -> int:

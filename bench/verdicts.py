@@ -16,9 +16,9 @@ from tinylora.cli import table
 from tinylora.kernels import dispatch
 
 
-def worst(cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """The case whose error is the largest share of what it is allowed; a non-finite error beats all."""
-    return max(cases, key=lambda c: (c["error"] is None, (c["error"] or 0.0) / (c["allowed"] or 1e-300)))
+def worst(cases: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The case whose error is the largest share of what it is allowed; a non-finite error beats all. None of none."""
+    return max(cases, key=lambda c: (c["error"] is None, (c["error"] or 0.0) / (c["allowed"] or 1e-300)), default=None)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,16 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
     verdicts = list(dispatch.prove(torch.device(options.device), options.checks).values())
     rows = []
     for verdict in verdicts:
-        rows.append([f"{verdict['op']}: {verdict['error'] or 'passed'}", "", "", "", "", ""])
-        by_dtype: dict[str, list[dict[str, Any]]] = {}
-        for case in verdict.get("cases", []):
-            by_dtype.setdefault(case["dtype"], []).append(case)
-        for dtype, cases in by_dtype.items():
-            w = worst(cases)
+        row = [f"{verdict['op']} {verdict['dtype']}: {verdict['error'] or 'passed'}"]
+        if w := worst(verdict.get("cases", [])):
             error = "not finite" if w["error"] is None else f"{w['error']:.1e}"
-            same = "yes" if all(c["same_bits"] for c in cases) else "no"
-            rows.append([f"  {dtype}", error, f"{w['plain']:.1e}", f"{w['allowed']:.1e}", same, w["case"]])
-    print(table(["op", "error", "plain", "allowed", "same bits", "worst case"], rows))
+            same = "yes" if all(c["same_bits"] for c in verdict["cases"]) else "no"
+            row += [error, f"{w['plain']:.1e}", f"{w['allowed']:.1e}", same, w["case"]]
+        rows.append(row + [""] * (6 - len(row)))
+    print(table(["kernel", "error", "plain", "allowed", "same bits", "worst case"], rows))
     print_json({"bench": "verdicts", **card(), "device": options.device, "verdicts": verdicts}, options.json)
     return 0 if verdicts and all(v["error"] is None for v in verdicts) else 1
 

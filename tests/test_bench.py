@@ -249,25 +249,25 @@ def test_attach(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_verdicts_show_numbers_and_set_the_exit_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def case(dtype: str, error: float | None, allowed: float, same: bool = True) -> dict:
-        return {"case": f"{allowed}", "dtype": dtype, "error": error, "plain": 1e-3, "allowed": allowed, "same_bits": same}
+    def case(error: float | None, allowed: float, same: bool = True) -> dict:
+        return {"case": f"{allowed}", "error": error, "plain": 1e-3, "allowed": allowed, "same_bits": same}
 
-    cases = [case("bfloat16", 0.02, 0.5), case("bfloat16", 0.01, 0.1, same=False), case("float32", 0.5, 0.6)]
-    cases.insert(2, case("float32", None, 1.0))
+    half, full = "bfloat16", "float32"
     found = {
-        "good": {"op": "good", "error": None, "cases": cases[:1]},
-        "bad": {"op": "bad", "error": "not finite", "cases": cases},
-        "hung": {"op": "hung", "error": "no answer within 40 s"},
+        ("good", half): {"op": "good", "dtype": half, "error": None, "cases": [case(0.02, 0.5), case(0.01, 0.1, same=False)]},
+        ("bad", full): {"op": "bad", "dtype": full, "error": "wrong", "cases": [case(0.5, 0.6), case(None, 1.0)]},
+        ("hung", half): {"op": "hung", "dtype": half, "error": "no answer within 40 s"},
     }
     monkeypatch.setattr(verdicts.dispatch, "prove", lambda *_: found)
     assert verdicts.main(["--device", "cpu"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1])["verdicts"] == list(found.values())
     cells = [line.split() for line in lines[2:-1]]
-    assert ["bfloat16", "1.0e-02", "1.0e-03", "1.0e-01", "no", "0.1"] in cells  # 0.01 of 0.1 is worse than 0.02 of 0.5
-    assert ["float32", "not", "finite", "1.0e-03", "1.0e+00", "yes", "1.0"] in cells
-    assert ["hung:", "no", "answer", "within", "40", "s"] in cells
-    for some, status in (({"good": found["good"]}, 0), ({}, 1)):
+    # 0.01 of 0.1 is worse than 0.02 of 0.5
+    assert ["good", "bfloat16:", "passed", "1.0e-02", "1.0e-03", "1.0e-01", "no", "0.1"] in cells
+    assert ["bad", "float32:", "wrong", "not", "finite", "1.0e-03", "1.0e+00", "yes", "1.0"] in cells
+    assert ["hung", "bfloat16:", "no", "answer", "within", "40", "s"] in cells
+    for some, status in (({("good", half): found["good", half]}, 0), ({}, 1)):
         monkeypatch.setattr(verdicts.dispatch, "prove", lambda *_, some=some: some)
         assert verdicts.main(["--device", "cpu"]) == status
 
