@@ -22,7 +22,7 @@ from tinylora.adapter import Adapter, TinyLoRAConfig
 from tinylora.kernels import build, dispatch
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model import load_model
-from tinylora.model.decoder import Decoder, KVCache
+from tinylora.model.decoder import KVCache
 from tinylora.rl import step as step_module
 from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
 from tinylora.rl.memory import plan_memory
@@ -32,8 +32,6 @@ from tinylora.rl.tasks import load_task
 from tinylora.rl.text import Text
 from tinylora.rl.trainer import Trainer
 from tinylora.rl.update import deterministic, hidden_states
-
-Model = tuple[Decoder, Adapter]
 
 
 def card(run: Run) -> None:

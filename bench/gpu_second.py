@@ -19,18 +19,14 @@ from bench import ops as ops_bench
 from bench.facts import Skipped
 from bench.gpu_run import Run, decoding, measured
 from bench.models import qwen2_config
-from tinylora.adapter import Adapter
 from tinylora.files import cache_dir
 from tinylora.kernels import build, dispatch, fused_linear
 from tinylora.kernels.linear import fp32_sums
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model import load_model
-from tinylora.model.decoder import Decoder
 from tinylora.rl.rollout import Completion, Sampling, rollout
 from tinylora.rl.text import Text
 from tinylora.rl.update import deterministic, hidden_states
-
-Model = tuple[Decoder, Adapter]
 
 
 def peers(run: Run) -> None:
