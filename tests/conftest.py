@@ -20,6 +20,7 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 
 # pytest -n gives out whole files; the longest go first, or one worker is left with them at the end.
 LONGEST = (
+    "test_bare",
     "test_train",
     "test_interpreted",
     "test_report",
@@ -28,6 +29,8 @@ LONGEST = (
     "test_population",
     "test_aot",
     "test_sweep",
+    "test_dispatch",
+    "test_native",
 )
 
 
