@@ -9,7 +9,6 @@ with the next. Exit status 1 where a stage failed or had no time left; what was 
 import argparse
 import contextlib
 import ctypes
-import gc
 import importlib
 import json
 import os
@@ -162,7 +161,6 @@ def work(o: argparse.Namespace, facts: Facts) -> None:
             )
             del error
             run.check()  # raises where the device is lost, and this process with it
-        gc.collect()
         run.release()
 
 

@@ -112,7 +112,7 @@ def steps_of(run: Run, slots: int) -> list[int]:
 
 
 @contextmanager
-def decoding(run: Run, slots: int, context: int, adapters: int, capture: bool = True) -> Iterator[Slots]:
+def decoding(run: Run, slots: int, context: int, adapters: int) -> Iterator[Slots]:
     """All slots of the random model in the middle of a sequence, over random keys and values."""
     decoder, adapter = run.model
     most = -(-(context + 512) // 512) * 512 // 64
@@ -122,7 +122,7 @@ def decoding(run: Run, slots: int, context: int, adapters: int, capture: bool = 
         found = Slots(decoder, Sampling(512), slots, cache, adapters)
         found.set_matrices(adapter.matrices() if adapters else None)
         cache.write_table([list(range(i * most, (i + 1) * most)) for i in range(slots)])
-        if capture and run.gpu:
+        if run.gpu:
             began = time.monotonic()
             sizes = steps_of(run, slots)
             found.capture(sizes, None)
@@ -164,7 +164,7 @@ def _update(run: Run, prompts: list[list[int]], completions: list[Completion], b
     part = _microbatches(range(len(completions)), prompts, completions, budget)[0]
     found: list[tuple[Tensor, Tensor]] = []
 
-    def once(matrices: bool = True) -> None:
+    def once() -> None:
         adapter.v.grad = None
         with deterministic(decoder.device), fp32_sums():
             hidden, tokens = hidden_states(decoder, adapter.matrices(), prompts, completions, part)

@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ from torch import Tensor
 from bench import ops as ops_bench
 from bench.facts import Skipped
 from bench.gpu_run import Run, decoding, measured
-from bench.models import qwen2_config
+from bench.models import qwen2_config, with_peft
 from tinylora.files import cache_dir
 from tinylora.kernels import build, dispatch, fused_linear
 from tinylora.kernels.linear import fp32_sums
@@ -88,22 +86,6 @@ def their_seconds(run: Run, prompts: Tensor, trained: int, new: int) -> Iterator
 
     yield "rollout", run.clock(sample, 2)
     yield "update", run.clock(train, 2)
-
-
-def with_peft(base: Any) -> Any:
-    """PEFT's TinyLoRA where it has one, else its LoRA at rank 2; a full SVD is replaced by noise, which no time depends on."""
-    import peft
-
-    def some_svd(w: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.randn(len(w), 2).to(w) / 1e3, torch.ones(2).to(w), torch.randn(2, w.shape[1]).to(w) / 1e3
-
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    if hasattr(peft, "TinyLoraConfig"):
-        config = peft.TinyLoraConfig(r=2, u=13, weight_tying=1.0, target_modules=targets)
-    else:
-        config = peft.LoraConfig(r=2, target_modules=targets)
-    with patch("torch.linalg.svd", some_svd):
-        return peft.get_peft_model(base, config).eval()
 
 
 def tests(run: Run) -> None:

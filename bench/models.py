@@ -3,6 +3,8 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -69,6 +71,22 @@ def random_adapter(model: Decoder) -> Adapter:
     with torch.no_grad():
         adapter.v.fill_(0.01)
     return adapter
+
+
+def with_peft(base: Any) -> Any:
+    """PEFT's TinyLoRA where it has one, else its LoRA at rank 2; a full SVD is replaced by noise, which no time depends on."""
+    import peft
+
+    def some_svd(w: Tensor, full_matrices: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.randn(len(w), 2).to(w) / 1e3, torch.ones(2).to(w), torch.randn(2, w.shape[1]).to(w) / 1e3
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    if hasattr(peft, "TinyLoraConfig"):
+        config = peft.TinyLoraConfig(r=2, u=13, weight_tying=1.0, target_modules=targets)
+    else:
+        config = peft.LoraConfig(r=2, target_modules=targets)
+    with patch("torch.linalg.svd", some_svd):
+        return peft.get_peft_model(base, config).eval()
 
 
 def model_directory(name: str, scratch: Path, dtype: torch.dtype) -> Path:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from bench.measure import Rounds, card, copy_rate, gemm_rate, print_json, quantiles, seconds_in, timed
-from bench.models import gsm8k_like, model_directory
+from bench.models import gsm8k_like, model_directory, with_peft
 from tinylora.adapter import Adapter, TinyLoRAConfig
 from tinylora.cli import table
 from tinylora.model import load_model
@@ -38,21 +38,10 @@ from tinylora.rl.text import Text
 
 
 def peer(path: Path, dtype: torch.dtype, device: str) -> Any:
-    """transformers' model with PEFT's TinyLoRA on all projections; its full SVD is replaced by noise, which no time depends
-    on."""
-    from unittest.mock import patch
-
-    from peft import TinyLoraConfig, get_peft_model
+    """transformers' model with PEFT's TinyLoRA on all projections."""
     from transformers import AutoModelForCausalLM
 
-    def some_svd(w: torch.Tensor, full_matrices: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return torch.randn(len(w), 2).to(w) / 1e3, torch.ones(2).to(w), torch.randn(2, w.shape[1]).to(w) / 1e3
-
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    with patch("torch.linalg.svd", some_svd):
-        model = get_peft_model(model, TinyLoraConfig(r=2, u=13, weight_tying=1.0, target_modules=targets))
-    return model.to(device).eval()
+    return with_peft(AutoModelForCausalLM.from_pretrained(path, dtype=dtype)).to(device)
 
 
 def generate(model: Any, prompts: list[list[int]], samples: int, s: Sampling, limits: list[int] | None) -> list[int]:

@@ -122,9 +122,7 @@ def prove(
     known = _verdicts.setdefault(device, {})
     found = {} if known else _checked(device, checks, watch)
     if device.type == "cuda" and backend("cuda") == "cuda" and checks == CHECKS:
-        known |= found
-        if not any(op == "decode_linear" for op, _ in known):
-            found |= _checked(device, CUDA_CHECKS, watch)
+        found |= {} if any(op == "decode_linear" for op, _ in known) else _checked(device, CUDA_CHECKS, watch)
     known |= found
     failed: dict[str, dict[str, str]] = {}  # op -> dtype -> what is wrong
     for (op, dtype), verdict in found.items():

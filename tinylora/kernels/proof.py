@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ Task = tuple[str, str]  # an op and the name of a dtype
 Verdict = dict[str, Any]  # "op", "dtype", "error" (None: it may run), and what the child measured
 
 
+@cache  # every op of a decode step asks
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
