@@ -1,0 +1,69 @@
+"""The rings of the package: an import may point only to the same ring or a lower one."""
+
+from pathlib import Path
+
+from house import circles, graph, modules, strings
+
+ROOT = Path(__file__).parent.parent
+
+# The longest name that a module begins with says its ring. docs/architecture.md draws them.
+RINGS = {
+    "tinylora": 5,  # the face: it points at loading and below
+    "tinylora.errors": 0,
+    "tinylora.files": 0,
+    "tinylora.prng": 0,
+    "tinylora.cli": 1,
+    "tinylora.demo": 1,
+    "tinylora.rl.grading": 1,
+    "tinylora.rl.grader_pool": 1,
+    "tinylora.rl.grader_worker": 1,
+    "tinylora.rl.prompts": 1,
+    "tinylora.rl.tasks": 1,
+    "tinylora.kernels": 2,
+    "tinylora.model": 3,
+    "tinylora.adapter": 4,
+    "tinylora.adapter_files": 4,
+    "tinylora.basis": 4,
+    "tinylora.layers": 4,
+    "tinylora.peft_format": 4,
+    "tinylora.rl.scheduler": 5,
+    "tinylora.rl.slots": 5,
+    "tinylora.rl.rollout": 5,
+    "tinylora.rl.text": 5,
+    "tinylora.rl.evaluation": 6,
+    "tinylora.rl.sample_cache": 6,
+    "tinylora.rl.statistics": 6,
+    "tinylora.rl": 7,
+    "tinylora.train": 8,
+    "tinylora.evaluate": 8,
+    "tinylora.generate": 8,
+    "tinylora.export": 8,
+    "tinylora.kernels.build": 8,
+    "tinylora.sweep": 9,
+    "tinylora.report": 9,
+    "tinylora.rl.figures": 9,
+    "tinylora.demo.pretrain": 9,
+}
+
+# Arrows that still run outwards. This list may only shrink.
+OFFENDERS = {
+    ("tinylora.kernels.decode_linear", "tinylora.kernels.build"),
+    ("tinylora.kernels.dispatch", "tinylora.kernels.build"),
+    ("tinylora.kernels.proof", "tinylora.kernels.build"),
+    ("tinylora.model.decoder", "tinylora.generate"),
+    ("tinylora.rl.evaluation", "tinylora.rl.rewards"),
+    ("tinylora.rl.rollout", "tinylora.rl.memory"),
+    ("tinylora.rl.sample_cache", "tinylora.rl.rewards"),
+}
+
+
+def ring(module: str) -> int:
+    return RINGS[max((name for name in RINGS if f"{module}.".startswith(f"{name}.")), key=len)]
+
+
+def test_every_import_points_to_the_same_ring_or_a_lower_one():
+    known = modules(ROOT)
+    arrows = {(a, b) for a, targets in graph(ROOT).items() for b in targets | strings(known[a], known)}
+    outwards = {(a, b) for a, b in arrows if ring(b) > ring(a)}
+    assert outwards - OFFENDERS == set(), "an import that points outwards: move what it needs to a lower ring"
+    assert OFFENDERS - outwards == set(), "an offender that is gone: strike it off the list"
