@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.measure import card, foreign_load, print_json, timed
 from bench.ops import MODELS
 from tinylora.basis import compute_basis
-from tinylora.model.decoder import PROJECTIONS, module_name
+from tinylora.model.config import PROJECTIONS, module_name
 
 
 def gaussian(layers: int, model: str, device: str) -> dict[str, Tensor]:

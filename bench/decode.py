@@ -30,7 +30,7 @@ from tinylora.kernels.decode_linear import decode_linear, takes
 from tinylora.kernels.frozen_linear import FrozenLinear
 from tinylora.kernels.linear import linear
 from tinylora.kernels.shrink import shrink
-from tinylora.model.decoder import GROUPS
+from tinylora.model.config import GROUPS
 
 ROWS = (1, 8, 16, 32, 64)
 Call = Callable[[], Tensor]

@@ -51,7 +51,7 @@ def contenders(name: str, layers: int) -> dict[str, nn.Module]:
     from peft import TinyLoraConfig, get_peft_model
 
     import tinylora
-    from tinylora.model.decoder import PROJECTIONS
+    from tinylora.model.config import PROJECTIONS
 
     attached = make_model(name, layers)
     adapter = tinylora.attach(attached, tinylora.TinyLoRAConfig(u=13, n_tie="all"))

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from tinylora.adapter import Adapter, Base, Parts, TinyLoRAConfig, projection_of
+from tinylora.demo.problems import BUILTIN
 from tinylora.model.config import ModelConfig
 from tinylora.model.decoder import Decoder
-from tinylora.model.loader import BUILTIN, build_decoder
+from tinylora.model.loader import build_decoder
 
 SHAPES = {  # hidden, intermediate, layers, heads, kv_heads, vocabulary, tied head
     "tiny": (128, 320, 2, 4, 2, 1000, False),

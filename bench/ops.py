@@ -45,8 +45,7 @@ from tinylora.kernels.frozen_linear import NARROW, FrozenLinear, padded_segments
 from tinylora.kernels.linear import linear, linear_backward
 from tinylora.kernels.rms_norm import rms_norm_ref
 from tinylora.kernels.token_logprobs import token_logprobs
-from tinylora.model.config import ModelConfig
-from tinylora.model.decoder import GROUPS
+from tinylora.model.config import GROUPS, ModelConfig
 
 R = 2  # rank of every segment's correction
 NAMES = ("qkv", "o", "gate_up", "down")

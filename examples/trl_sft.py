@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 import tinylora
-from tinylora.demo.problems import rows
-from tinylora.model.loader import BUILTIN
+from tinylora.demo.problems import BUILTIN, rows
 
 
 def main(arguments: list[str] | None = None) -> tinylora.AttachedAdapter:

@@ -1,7 +1,7 @@
 """The house in numbers: python tests/house.py [DIRECTORY] counts a checkout's import circles, imports a file and tokens.
 
-An import counts wherever it stands: late, or for type checkers alone. Tokens are without comments and line ends, of the library:
-without studies, the report's figures and pretraining.
+An import counts wherever it stands: late, or for type checkers alone. Tokens are the library's, without comments and line ends;
+studies, the report and pretraining are not of it.
 """
 
 import ast

@@ -15,7 +15,7 @@ from tinylora.adapter import Adapter, TinyLoRAConfig
 from tinylora.adapter_files import load_adapter
 from tinylora.errors import InputError
 from tinylora.model import Decoder, load_model
-from tinylora.model.decoder import PROJECTIONS, module_name
+from tinylora.model.config import PROJECTIONS, module_name
 
 # ---- counts -----------------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from tinylora.kernels.rope import Heads, rope_ref, rope_tables
 from tinylora.kernels.swiglu import swiglu_ref
 from tinylora.kernels.token_logprobs import token_logprobs, token_logprobs_ref
 from tinylora.model import load_model
-from tinylora.model.decoder import GROUPS, module_name
+from tinylora.model.config import GROUPS, module_name
 
 LENGTHS = [5, 9, 1, 12]
 TOKENS = torch.randint(96, (27,), generator=torch.Generator().manual_seed(3))

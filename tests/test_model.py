@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tinylora.adapter import Adapter, TinyLoRAConfig
-from tinylora.demo.problems import problems
+from tinylora.demo.problems import BUILTIN_MODELS, problems
 from tinylora.errors import InputError
 from tinylora.model import load_model
-from tinylora.model.loader import BUILTIN_MODELS
 from tinylora.rl.rollout import Sampling, rollout
 from tinylora.rl.text import Text
 

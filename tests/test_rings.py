@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from house import circles, graph, modules, strings
+from house import graph, modules, strings
 
 ROOT = Path(__file__).parent.parent
 

@@ -22,9 +22,10 @@ from torch import Tensor
 from tinylora import prng
 from tinylora.basis import BASES, compute_basis
 from tinylora.errors import InputError
+from tinylora.files import content_hash
 from tinylora.kernels.frozen_linear import padded_segments
-from tinylora.model.decoder import GROUPS, PROJECTIONS, Decoder, module_name
-from tinylora.model.loader import content_hash
+from tinylora.model.config import GROUPS, PROJECTIONS, module_name
+from tinylora.model.decoder import Decoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -12,12 +12,13 @@ import tinylora
 from tinylora.adapter import Adapter, base_hash
 from tinylora.adapter_files import load_adapter
 from tinylora.cli import run_command, table
+from tinylora.demo.problems import BUILTIN_MODELS
 from tinylora.errors import InputError
 from tinylora.files import write_text
 from tinylora.kernels import dispatch
 from tinylora.model import load_model
 from tinylora.model.decoder import Decoder
-from tinylora.model.loader import BUILTIN_MODELS, resolve_model
+from tinylora.model.loader import resolve_model
 from tinylora.rl.config import BUILTIN_PRESET, flag
 from tinylora.rl.evaluation import EVAL_SEED
 from tinylora.rl.grader_pool import GraderPool

@@ -22,9 +22,9 @@ from torch.utils.hooks import RemovableHandle
 from tinylora.adapter import Base, Parts, TinyLoRAConfig, draw_parts, stored
 from tinylora.adapter_files import read_adapter, save_adapter
 from tinylora.errors import InputError
+from tinylora.files import content_hash
 from tinylora.kernels import dispatch
 from tinylora.kernels.frozen_linear import frozen_linear
-from tinylora.model.loader import content_hash
 
 CHILD = "tinylora"  # the name of the adapter among the model's submodules
 

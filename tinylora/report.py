@@ -216,10 +216,10 @@ def greedy_answers(path: Path, settings: Row) -> list[tuple[str, str, list[tuple
     """(question, gold answer, (text, right) of base and trained). InputError where the base or the adapter is not at hand."""
     from tinylora.adapter import Adapter  # this and the rest load torch, which no other part of a report needs
     from tinylora.adapter_files import load_adapter
+    from tinylora.demo.problems import BUILTIN_MODELS
     from tinylora.evaluate import EvaluateConfig, answer
     from tinylora.model import load_model
     from tinylora.model.decoder import Decoder
-    from tinylora.model.loader import BUILTIN_MODELS
     from tinylora.rl.grader_pool import GraderPool
     from tinylora.rl.rewards import Grader
     from tinylora.rl.tasks import load_task

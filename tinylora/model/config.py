@@ -12,6 +12,15 @@ from torch import Tensor
 from tinylora.errors import InputError
 
 FAMILIES = ("qwen2", "qwen3", "llama")
+# The seven projections of a layer, as the four groups that share an input; reading order is the adapter's module order.
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+PROJECTIONS = tuple(name for group in GROUPS for name in group)
+
+
+def module_name(layer: int, projection: str) -> str:
+    """The Hugging Face name of a projection, without ".weight"."""
+    block = "mlp" if projection in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+    return f"model.layers.{layer}.{block}.{projection}"
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,7 @@ from tinylora.kernels.reduce_dm import reduce_dm
 from tinylora.kernels.rope import Heads, rope, rope_tables
 from tinylora.kernels.shrink import shrink
 from tinylora.kernels.swiglu import swiglu
-from tinylora.model.config import ModelConfig, rope_frequencies
-
-# The seven projections of a layer, as the four groups that share an input; reading order is the adapter's module order.
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-PROJECTIONS = tuple(name for group in GROUPS for name in group)
+from tinylora.model.config import GROUPS, ModelConfig, module_name, rope_frequencies
 
 Matrices = Sequence[Tensor | None]  # one M (adapters, segments, r, r) per group, layer after layer; None: adapter off
 
@@ -49,12 +45,6 @@ class Block:
 
 # layer, qkv's output (T, width or padded), Block -> the attention's output (T, H * D) and o's z (T, R)
 Attend = Callable[[int, Tensor, Block], tuple[Tensor, Tensor | None]]
-
-
-def module_name(layer: int, projection: str) -> str:
-    """The Hugging Face name of a projection, without ".weight"."""
-    block = "mlp" if projection in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-    return f"model.layers.{layer}.{block}.{projection}"
 
 
 @dataclass

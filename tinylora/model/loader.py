@@ -4,18 +4,17 @@ import json
 from pathlib import Path
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tinylora.demo.problems import BUILTIN_MODELS
 from tinylora.errors import InputError
+from tinylora.files import content_hash
 from tinylora.kernels import dispatch
 from tinylora.kernels.frozen_linear import FrozenLinear
-from tinylora.model.config import ModelConfig
-from tinylora.model.decoder import GROUPS, Decoder, Layer, module_name
+from tinylora.model.config import GROUPS, ModelConfig, module_name
+from tinylora.model.decoder import Decoder, Layer
 
-BUILTIN = Path(__file__).parent.parent / "demo" / "base"
-BUILTIN_MODELS = {"builtin": BUILTIN, "builtin-medium": BUILTIN.with_name("base-medium")}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -85,13 +84,6 @@ class _Checkpoint:
             raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, its config.json says {shape}")
         self.digests[name] = content_hash(tensor)
         return tensor.to(self.device, self.dtype, copy=True)  # or it would keep the file's pages too
-
-
-def content_hash(tensor: Tensor) -> str:
-    """xxh3-128 of a tensor's dtype, shape and bytes: tells contents apart; it is no defence against forgery."""
-    h = xxhash.xxh3_128(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    h.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return h.hexdigest()
 
 
 def build_decoder(config: ModelConfig, read: "_Checkpoint", directory: Path) -> Decoder:

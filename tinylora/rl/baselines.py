@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tinylora.errors import InputError
-from tinylora.model.decoder import GROUPS, PROJECTIONS, Decoder, module_name
+from tinylora.model.config import GROUPS, PROJECTIONS, module_name
+from tinylora.model.decoder import Decoder
 
 LORA_ALPHA = 32  # with PEFT's alpha / r: Schulman et al. 2025, where the best learning rate does not depend on the rank
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tinylora.adapter import TinyLoRAConfig
+from tinylora.demo.problems import BUILTIN_MODELS
 from tinylora.errors import InputError
-from tinylora.model.decoder import PROJECTIONS
-from tinylora.model.loader import BUILTIN_MODELS
+from tinylora.model.config import PROJECTIONS
 from tinylora.rl.prompts import PromptStyle
 from tinylora.rl.tasks import KNOWN
 

@@ -7,8 +7,8 @@ measured on one with plain library calls), with every completion as long as it m
 import math
 from pathlib import Path
 
-from tinylora.model.config import ModelConfig
-from tinylora.model.decoder import PROJECTIONS, KVCache
+from tinylora.model.config import PROJECTIONS, ModelConfig
+from tinylora.model.decoder import KVCache
 from tinylora.model.loader import resolve_model
 from tinylora.rl.config import LEARNING_RATES, TrainConfig
 from tinylora.rl.prompts import messages

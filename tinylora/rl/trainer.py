@@ -21,11 +21,11 @@ from tqdm import tqdm
 import tinylora
 from tinylora import prng
 from tinylora.adapter import Adapter, base_hash
+from tinylora.demo.problems import BUILTIN_MODELS
 from tinylora.errors import InputError
 from tinylora.files import write_text
 from tinylora.model import load_model
 from tinylora.model.decoder import Decoder, Matrices
-from tinylora.model.loader import BUILTIN_MODELS
 from tinylora.rl.baselines import Baseline
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.consistency import fix_capacity
