@@ -50,8 +50,8 @@ from tinylora.kernels import (
     add_norm,
     decode_attention,
     dispatch,
-    frozen_linear,
     fused_linear,
+    products,
     proof,
     reduce_dm,
     rope,
@@ -146,7 +146,7 @@ def built_in(dtype: str) -> tuple[Decoder, Adapter]:
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Neither rows nor ranks are padded to a multiple of 8, as they are on a CPU: both are in a kernel's key."""
-    with patch.object(frozen_linear, "NARROW", 1), patch.object(decoder_module, "NARROW", 1):
+    with patch.object(products, "NARROW", 1), patch.object(decoder_module, "NARROW", 1):
         yield
 
 

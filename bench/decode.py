@@ -27,7 +27,7 @@ from bench.ops import MODELS, NAMES, R, _backend, _backends, _engine, _sets
 from tinylora.cli import table
 from tinylora.kernels.correction import Correction, padded
 from tinylora.kernels.decode_linear import decode_linear, takes
-from tinylora.kernels.frozen_linear import FrozenLinear
+from tinylora.kernels.frozen import FrozenLinear
 from tinylora.kernels.linear import linear
 from tinylora.kernels.shrink import shrink
 from tinylora.model.config import GROUPS

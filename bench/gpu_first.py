@@ -19,7 +19,8 @@ from bench.gpu_run import Run, decoding, kernels, measured, shown, small_shapes,
 from bench.measure import seconds_in
 from bench.models import gsm8k_like
 from tinylora.adapter import Adapter, TinyLoRAConfig
-from tinylora.kernels import build, dispatch
+from tinylora.errors import BuildError
+from tinylora.kernels import dispatch, library
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model import load_model
 from tinylora.model.decoder import KVCache
@@ -299,12 +300,12 @@ def training(run: Run) -> None:
 def csrc_build(run: Run) -> None:
     """The CUDA C++ library, by this machine's nvcc against this PyTorch's headers."""
     try:
-        build._nvcc()
-    except build.BuildError as error:
+        library._nvcc()
+    except BuildError as error:
         raise Skipped(str(error)) from None
     began = time.monotonic()
-    architecture = build.architecture(run.device) if run.gpu else "sm_90a"
-    found = build.record(build.library([architecture]))["kernels"]
+    architecture = library.architecture(run.device) if run.gpu else "sm_90a"
+    found = library.record(library.library([architecture]))["kernels"]
     most = max(k["registers"] for k in found)
     spills = sum(k["spills"] for k in found)
     seconds = round(time.monotonic() - began, 1)

@@ -18,7 +18,7 @@ from bench.facts import Skipped
 from bench.gpu_run import Run, decoding, measured
 from bench.models import qwen2_config, with_peft
 from tinylora.files import cache_dir
-from tinylora.kernels import build, dispatch, fused_linear
+from tinylora.kernels import dispatch, fused_linear, library
 from tinylora.kernels.linear import fp32_sums
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model import load_model
@@ -118,7 +118,7 @@ def sanitizer(run: Run) -> None:
     run.needs_gpu("compute-sanitizer runs GPU code")
     if shutil.which("compute-sanitizer") is None:
         raise Skipped("no compute-sanitizer on PATH")
-    build.library([build.architecture(run.device)])
+    library.library([library.architecture(run.device)])
     check = [sys.executable, "-m", "tinylora.kernels.self_check", "--device", "cuda:0", "--checks", dispatch.CUDA_CHECKS]
     bad = []
     for tool in ("memcheck", "racecheck", "synccheck"):

@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 
-from tinylora.kernels.correction import onednn_linear
+from tinylora.kernels.products import onednn_linear
 
 ROUND_SECONDS = 0.25  # least length of a CPU round: the kernel tells who used the cores in ticks of 10 ms
 

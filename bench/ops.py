@@ -6,7 +6,7 @@ The frozen linear with its correction at real models' shapes, forward and forwar
 is frozen, so the bare linear's backward is dy W alone), and RMSNorm, SwiGLU and the LM head's log-probs.
 
 bare              F.linear(x, W): no adapter at all
-ours, BACKEND     tinylora.kernels.frozen_linear, whole in itself: x in, y out
+ours, BACKEND     tinylora.kernels.layer_linear, whole in itself: x in, y out
 engine, BACKEND   tinylora.kernels.linear, as the decoder runs it: x and dy come with z and sM beside them, written by the row
                   ops that produce them, whose rows below ("with z") carry that cost
 eager             F.linear(x, W) + ((x A^T) M^T) B^T by autograd, and the same compiled
@@ -41,8 +41,10 @@ from bench.measure import card, copy_rate, gemm_rate, in_turns, peak_extra_bytes
 from tinylora.cli import table
 from tinylora.kernels import add_norm, dispatch, swiglu
 from tinylora.kernels.correction import Correction, padded, write_sM, write_z
-from tinylora.kernels.frozen_linear import NARROW, FrozenLinear, padded_segments
+from tinylora.kernels.frozen import FrozenLinear, padded_segments
+from tinylora.kernels.layer_linear import layer_linear
 from tinylora.kernels.linear import linear, linear_backward
+from tinylora.kernels.products import NARROW
 from tinylora.kernels.rms_norm import rms_norm_ref
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model.config import GROUPS, ModelConfig
@@ -213,9 +215,12 @@ def _backend(name: str) -> Iterator[None]:
 
 
 def _under(name: str, group: FrozenLinear, M: Tensor) -> Callable[[Tensor], Tensor]:
+    assert group.A is not None and group.Bt is not None
+    constants = (group.weight, group.bias, group.A, group.Bt)
+
     def function(x: Tensor) -> Tensor:
         with _backend(name):
-            return group(x, M)
+            return layer_linear(x, *constants, M)
 
     return function
 

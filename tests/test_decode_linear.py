@@ -9,7 +9,8 @@ from tinylora.kernels import decode_linear as module
 from tinylora.kernels import dispatch, self_check
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.decode_linear import decode_linear, decode_linear_ref, takes
-from tinylora.kernels.frozen_linear import FrozenLinear, frozen_linear_ref
+from tinylora.kernels.frozen import FrozenLinear
+from tinylora.kernels.layer_linear import layer_linear_ref
 from tinylora.model import decoder, load_model
 from tinylora.model.decoder import KVCache
 
@@ -24,7 +25,7 @@ def test_reference() -> None:
     """Against the frozen linear's oracle, with each epilogue written out."""
     group, x, residual = FrozenLinear(randn(24, 16), randn(24)), randn(5, 16), randn(5, 24)
     c = Correction(randn(4, 16), randn(4, 24), randn(3, 2, 2, 2), torch.tensor([2, 0, 1, 1, 2]))
-    y = frozen_linear_ref(x, group.weight, group.bias, c.A, c.Bt, c.M, c.row_adapter)
+    y = layer_linear_ref(x, group.weight, group.bias, c.A, c.Bt, c.M, c.row_adapter)
     torch.testing.assert_close(decode_linear(x, group, c), y)
     torch.testing.assert_close(decode_linear(x, group, c, residual), y + residual)
     torch.testing.assert_close(decode_linear(x, group, c, swiglu=True), F.silu(y[:, :12]) * y[:, 12:])

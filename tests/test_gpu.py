@@ -16,7 +16,7 @@ from test_decode_linear import decoded
 
 from tinylora.adapter import Adapter, TinyLoRAConfig
 from tinylora.errors import BuildError
-from tinylora.kernels import build, dispatch, proof
+from tinylora.kernels import dispatch, library, proof
 from tinylora.kernels.attention import Packing, packed_attention, packed_attention_ref
 from tinylora.kernels.sampling import uniforms
 from tinylora.kernels.token_logprobs import token_logprobs
@@ -75,7 +75,7 @@ def compiled(monkeypatch):
     """TINYLORA_BACKEND=cuda, with its kernels compiled; skips, visibly, where they cannot be."""
     monkeypatch.setenv("TINYLORA_BACKEND", "cuda")
     try:
-        build.library([build.architecture(GPU)])
+        library.library([library.architecture(GPU)])
     except BuildError as error:
         pytest.skip(f"csrc/ is not compiled: {error}")
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinylora.kernels import add_norm, decode_attention, decode_linear, dispatch, fused_linear, rope, sampling, shrink, swiglu
-from tinylora.kernels.frozen_linear import FrozenLinear
+from tinylora.kernels.frozen import FrozenLinear
 from tinylora.model.config import GROUPS, ModelConfig, module_name
 from tinylora.model.decoder import Decoder, KVCache, Layer
 from tinylora.rl.slots import Sampling, Slots

@@ -236,7 +236,7 @@ def test_what_they_do_not_take_runs_plain(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(native, "call", none)
     c = Correction(normals(2, 36), normals(2, 36), normals(1, 1, 2, 2))
     shrink(normals(5, 36), c)  # no multiple of 8
-    assert not Correction(normals(4, 40), normals(4, 40), c.M).fits_native, "M has half of its segments"
+    assert not Correction(normals(4, 40), normals(4, 40), c.M).is_plain, "M has half of its segments"
     wide = Correction(normals(2, 40).double(), normals(2, 40).double(), normals(1, 1, 2, 2).double())
     shrink(normals(5, 40).double(), wide)
     with pytest.raises(AssertionError, match="a C kernel ran"):

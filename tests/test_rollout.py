@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from tinylora.adapter import Adapter, TinyLoRAConfig
 from tinylora.errors import InputError
-from tinylora.kernels.correction import CHAIN, arguments
+from tinylora.kernels.products import CHAIN
 from tinylora.kernels.rope import rope
+from tinylora.kernels.row_triton import arguments
 from tinylora.kernels.self_check import rms
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model import load_model

@@ -23,7 +23,7 @@ from tinylora import prng
 from tinylora.basis import BASES, compute_basis
 from tinylora.errors import InputError
 from tinylora.files import content_hash
-from tinylora.kernels.frozen_linear import padded_segments
+from tinylora.kernels.frozen import padded_segments
 from tinylora.model.config import GROUPS, PROJECTIONS, module_name
 from tinylora.model.decoder import Decoder
 

@@ -24,7 +24,7 @@ from tinylora.adapter_files import read_adapter, save_adapter
 from tinylora.errors import InputError
 from tinylora.files import content_hash
 from tinylora.kernels import dispatch
-from tinylora.kernels.frozen_linear import frozen_linear
+from tinylora.kernels.layer_linear import layer_linear
 
 CHILD = "tinylora"  # the name of the adapter among the model's submodules
 
@@ -57,7 +57,7 @@ class _TinyLoRA(nn.Module):
         elif x.dtype != self.weight.dtype:
             raise InputError(f"an input of {x.dtype} met an adapted weight of {self.weight.dtype}")
         weight = self.weight.T if self._transposed else self.weight
-        y = frozen_linear(x.reshape(-1, x.shape[-1]), weight, self.bias, self._A, self._Bt, M, rows, pad=False)
+        y = layer_linear(x.reshape(-1, x.shape[-1]), weight, self.bias, self._A, self._Bt, M, rows)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_TinyLoRA":

@@ -11,23 +11,13 @@ sM is the inner linear's. Keeps x' and one number a row.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from tinylora.kernels import dispatch, native
-from tinylora.kernels.correction import (
-    Correction,
-    add_shrunk,
-    arguments,
-    padded,
-    row_config,
-    store_mixed,
-    write_sM,
-    write_z,
-)
-from tinylora.kernels.launch import launch
+from tinylora.kernels.correction import Correction, padded, write_sM, write_z
+from tinylora.kernels.launch import launch, tl, triton
 from tinylora.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from tinylora.kernels.row_triton import add_shrunk, arguments, row_config, store_mixed
 
 BUDGET = {"_forward": (64, 8192), "_backward": (80, 8192)}  # kernel: registers a thread, bytes of shared memory
 
@@ -65,8 +55,8 @@ def add_norm_backward_plain(
     return out
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _forward(  # type: ignore[no-untyped-def]
+@triton.jit
+def _forward(
     x_ptr,  # (T, width)
     y_ptr,  # (T, width)
     z_ptr,  # (T, RZ)
@@ -141,8 +131,8 @@ def _forward(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _backward(  # type: ignore[no-untyped-def]
+@triton.jit
+def _backward(
     dnew_ptr,  # (T, width): dx'
     dh_ptr,  # (T, padded)
     x_ptr,  # (T, width): x'
@@ -295,7 +285,7 @@ def add_norm_backward_native(
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, z, M, weight, eps, inner, outer):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, y, z, M, weight, eps, inner, outer):
         ctx.set_materialize_grads(False)
         new, h, rstd = _forward_op(x, outer)(x, y, z, weight, eps, inner, outer)
         ctx.save_for_backward(new, rstd, weight)
@@ -303,14 +293,14 @@ class _AddNorm(torch.autograd.Function):
         return new, h
 
     @staticmethod
-    def backward(ctx, dx, dh):  # type: ignore[no-untyped-def]
+    def backward(ctx, dx, dh):
         x, rstd, weight = ctx.saved_tensors
         ops = (add_norm_backward_native, add_norm_backward_triton, add_norm_backward_plain)
         d = dispatch.choose("add_norm", x, *ops, x.shape[1], c=ctx.inner)(dx, dh, x, rstd, weight, ctx.inner)
         return d[:, : x.shape[1]], d, None, None, None, None, None, None
 
 
-def _forward_op(x: Tensor, outer: Correction | None):  # type: ignore[no-untyped-def]
+def _forward_op(x: Tensor, outer: Correction | None):
     return dispatch.choose("add_norm", x, add_norm_native, add_norm_triton, add_norm_plain, x.shape[1], c=outer)
 
 

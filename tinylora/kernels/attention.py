@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinylora.kernels import dispatch, native
-from tinylora.kernels.frozen_linear import NARROW
+from tinylora.kernels.products import NARROW
 
 SHORT = 128  # longest sequence that a CPU attends to in plain products
 
@@ -29,12 +29,12 @@ class _Pad(torch.autograd.Function):
     """(T, ...) -> (cells, ...), row t in cell index[t], zeros elsewhere. The backward is a gather, not a scatter-add."""
 
     @staticmethod
-    def forward(ctx, x, index, cells):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, index, cells):
         ctx.save_for_backward(index)
         return x.new_zeros(cells, *x.shape[1:]).index_copy_(0, index, x)
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy):
         return dy.index_select(0, ctx.saved_tensors[0]), None, None
 
 
@@ -42,13 +42,13 @@ class _Unpad(torch.autograd.Function):
     """(cells, ...) -> (T, ...), the inverse of _Pad."""
 
     @staticmethod
-    def forward(ctx, x, index):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, index):
         ctx.save_for_backward(index)
         ctx.shape = x.shape
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy):
         return dy.new_zeros(ctx.shape).index_copy_(0, ctx.saved_tensors[0], dy), None
 
 
@@ -81,12 +81,12 @@ class _PlainAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, bias):  # type: ignore[no-untyped-def]
+    def forward(ctx, q, k, v, bias):
         ctx.save_for_backward(q, k, v, bias)
         return torch.matmul(softmax_scores(q, k, bias), v)
 
     @staticmethod
-    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+    def backward(ctx, dout):
         q, k, v, bias = ctx.saved_tensors
         p = softmax_scores(q, k, bias)  # (B, Hkv, rows, length)
         dp = torch.matmul(dout, v.transpose(-1, -2))
@@ -181,7 +181,7 @@ class _NativeAttention(torch.autograd.Function):
     """In C, query by query as `decode_attention` does and to its bits; saves q, k, v and recomputes the probabilities."""
 
     @staticmethod
-    def forward(ctx, q, k, v, layout):  # type: ignore[no-untyped-def]
+    def forward(ctx, q, k, v, layout):
         ctx.save_for_backward(q, k, v)
         ctx.layout, out = layout, q.new_empty(q.shape)
         where = (layout.sequence, layout.place)
@@ -189,7 +189,7 @@ class _NativeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+    def backward(ctx, dout):
         q, k, v = ctx.saved_tensors
         members, family = ctx.layout.families
         dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
@@ -219,12 +219,12 @@ class _StrictFrom(torch.autograd.Function):
     """x as it is; from its backward on, nondeterministic operations are refused. `held` keeps the mode before."""
 
     @staticmethod
-    def forward(ctx, x, held):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, held):
         ctx.held = held
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, dx):  # type: ignore[no-untyped-def]
+    def backward(ctx, dx):
         ctx.held.append((torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()))
         torch.use_deterministic_algorithms(True)
         return dx, None
@@ -234,12 +234,12 @@ class _StrictUntil(torch.autograd.Function):
     """q, k and v as they are; their backward brings back the mode that `held` keeps."""
 
     @staticmethod
-    def forward(ctx, held, q, k, v):  # type: ignore[no-untyped-def]
+    def forward(ctx, held, q, k, v):
         ctx.held = held
         return q.view_as(q), k.view_as(k), v.view_as(v)
 
     @staticmethod
-    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    def backward(ctx, *grads):
         enabled, warn_only = ctx.held.pop()
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         return None, *grads

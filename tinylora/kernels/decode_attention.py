@@ -18,16 +18,15 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from tinylora.kernels import dispatch, native
 from tinylora.kernels.attention import softmax_scores
-from tinylora.kernels.correction import Correction, add_shrunk, arguments, store_mixed
-from tinylora.kernels.frozen_linear import NARROW
-from tinylora.kernels.launch import launch
+from tinylora.kernels.correction import Correction
+from tinylora.kernels.launch import launch, tl, triton
+from tinylora.kernels.products import NARROW
 from tinylora.kernels.rope import Heads, rope, rope_cache_native, rope_cache_triton
+from tinylora.kernels.row_triton import add_shrunk, arguments, store_mixed
 from tinylora.kernels.shrink import shrink
 
 BUDGET = {"_partial": (128, 40_960), "_combine": (64, 4096)}  # kernel: registers a thread, bytes of shared memory
@@ -99,8 +98,8 @@ def decode_attention_plain(
     return out, None if o is None else shrink(out, o)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _partial(  # type: ignore[no-untyped-def]
+@triton.jit
+def _partial(
     q_ptr,  # (slots, H, D)
     k_ptr,  # (pages, Hkv, page_size, D)
     v_ptr,  # (pages, Hkv, page_size, D)
@@ -153,8 +152,8 @@ def _partial(  # type: ignore[no-untyped-def]
     tl.store(sum_ptr + row, total, i < share)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _combine(  # type: ignore[no-untyped-def]
+@triton.jit
+def _combine(
     partial_ptr,  # (slots, H, splits, D) fp32
     top_ptr,  # (slots, H, splits) fp32
     sum_ptr,  # (slots, H, splits) fp32

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinylora.errors import BuildError
-from tinylora.kernels import dispatch
+from tinylora.kernels import dispatch, library
 from tinylora.kernels.correction import Correction
-from tinylora.kernels.frozen_linear import FrozenLinear
+from tinylora.kernels.frozen import FrozenLinear
 from tinylora.kernels.shrink import shrink_ref
 
 BUDGET = {"decode_linear": 208, "decode_combine": 40}  # kernel: registers a thread; shared memory: csrc/decode_linear.cuh
@@ -47,16 +47,15 @@ def decode_linear_ref(
 @cache
 def load(device: torch.device) -> None:
     """Register torch.ops.tinylora.decode_linear from the library for a device. BuildError where there is none."""
-    from tinylora.kernels import build  # which is a command too: `dispatch` says why not above
 
-    path = build.library([build.architecture(device)])
+    path = library.library([library.architecture(device)])
     try:
         torch.ops.load_library(path)
     except OSError as error:
         raise BuildError(f"{path} does not load: {error.__cause__ or error}") from None
 
     @torch.library.register_fake("tinylora::decode_linear")
-    def _(x, weight, bias, A, Bt, M, row_adapter, residual, swiglu):  # type: ignore[no-untyped-def]
+    def _(x, weight, bias, A, Bt, M, row_adapter, residual, swiglu):
         return x.new_empty(x.shape[0], weight.shape[0] // 2 if swiglu else weight.shape[0])
 
 

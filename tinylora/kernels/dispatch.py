@@ -7,23 +7,21 @@ in that dtype (`proof`). A failed op runs as plain PyTorch in that dtype, and sa
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinylora.errors import BuildError, InputError
 from tinylora.files import cache_dir
-from tinylora.kernels import native
+from tinylora.kernels import library, native
+from tinylora.kernels.correction import Correction
 from tinylora.kernels.proof import CHECKS, CUDA_CHECKS, NATIVE_CHECKS, Task, Verdict, cached_or_checked, name_of, tasks_of
 
-if TYPE_CHECKING:
-    from tinylora.kernels.correction import Correction
-
-# reference, addmm: plain PyTorch, the correction as a second product on plain weights. padded, triton, cuda: Triton row
+# addmm: plain PyTorch, the correction as a second product on plain weights. padded, triton, cuda: Triton row
 # kernels, and the frozen linear as one product over padded buffers, as the fused Triton kernel, as the CUDA decode kernel.
 # native, on a CPU: C row kernels and attention, and the frozen linear as one product over padded buffers.
-BACKENDS = ("reference", "addmm", "native", "padded", "triton", "cuda")
+BACKENDS = ("addmm", "native", "padded", "triton", "cuda")
 
 _verdicts: dict[torch.device, dict[Task, Verdict]] = {}
 
@@ -31,6 +29,8 @@ _verdicts: dict[torch.device, dict[Task, Verdict]] = {}
 def backend(device_type: str) -> str:
     """TINYLORA_BACKEND where it is set; otherwise native on a CPU and padded on a GPU. InputError for an unknown name."""
     name = os.environ.get("TINYLORA_BACKEND") or ("padded" if device_type == "cuda" else "native")
+    if name == "reference":
+        raise InputError("TINYLORA_BACKEND=reference is gone; addmm is plain PyTorch too")
     if name not in BACKENDS:
         raise InputError(f"TINYLORA_BACKEND={name}: choose one of {', '.join(BACKENDS)}")
     if name == "native" and device_type == "cuda":
@@ -43,9 +43,9 @@ def _wants_native(device_type: str) -> bool:
     return device_type == "cpu" and backend("cpu") == "native" and os.environ.get("TRITON_INTERPRET") != "1"
 
 
-def runs_native(op: str, x: Tensor, *widths: int, c: "Correction | None" = None) -> bool:
+def runs_native(op: str, x: Tensor, *widths: int, c: Correction | None = None) -> bool:
     """Whether `op` runs its C kernel on rows like x, of these widths and with this correction, once that is proven."""
-    return _wants_native(x.device.type) and native.fits(x, *widths) and (c is None or c.fits_native) and _proven(op, x)
+    return _wants_native(x.device.type) and native.takes(x, *widths, c=c) and _proven(op, x)
 
 
 def choose(
@@ -55,7 +55,7 @@ def choose(
     triton_op: Callable[..., Any],
     plain_op: Callable[..., Any],
     *widths: int,
-    c: "Correction | None" = None,
+    c: Correction | None = None,
 ) -> Callable[..., Any]:
     """The implementation of `op` on rows like x, of these widths and with this correction."""
     if runs_native(op, x, *widths, c=c):
@@ -135,14 +135,13 @@ def prove(
 
 def _checked(device: torch.device, checks: str, watch: Callable[[Verdict], None]) -> dict[Task, Verdict]:
     """What has to be compiled by a compiler of the machine is compiled here, not in a child, whose time is limited."""
-    from tinylora.kernels import build  # not above: it is a command too, and the package must not have imported it by then
 
     def none(error: str, **more: Any) -> dict[Task, Verdict]:
         return {(op, dtype): {"op": op, "dtype": dtype, "error": error, **more} for op, dtype in tasks_of(checks, device)}
 
     if checks == CUDA_CHECKS:
         try:
-            build.library([build.architecture(device)])
+            library.library([library.architecture(device)])
         except BuildError as error:
             return none(f"it was not compiled: {error}")
     if checks == NATIVE_CHECKS:

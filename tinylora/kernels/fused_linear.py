@@ -13,12 +13,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tinylora.kernels.launch import INTERPRETED, launch
+from tinylora.kernels.launch import INTERPRETED, launch, tl, triton
 
 BUDGET = {"_pointers": (255, 147_456), "_tma": (184, 229_376)}  # kernel: registers a thread, bytes of shared memory
 
@@ -36,8 +34,8 @@ def fused_linear_ref(x: Tensor, z: Tensor | None, weight: Tensor, Bt: Tensor | N
     return y if z is None or Bt is None else y + z @ Bt
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _epilogue(  # type: ignore[no-untyped-def]
+@triton.jit
+def _epilogue(
     tile,  # (BLOCK_T, BLOCK_N) fp32
     rows,  # (BLOCK_T,)
     columns,  # (BLOCK_N,)
@@ -61,16 +59,16 @@ def _epilogue(  # type: ignore[no-untyped-def]
     return tile
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _place(tile, tiles_t, tiles_n, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _place(tile, tiles_t, tiles_n, GROUP: tl.constexpr):
     """Row and column of a tile, GROUP rows of tiles at a time, column by column."""
     group = tile // (GROUP * tiles_n)
     height = tl.minimum(tiles_t - group * GROUP, GROUP)
     return group * GROUP + tile % (GROUP * tiles_n) % height, tile % (GROUP * tiles_n) // height
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _pointers(  # type: ignore[no-untyped-def]
+@triton.jit
+def _pointers(
     x_ptr,  # (T, K)
     w_ptr,  # (N, K), either of its strides 1
     y_ptr,  # (T, N)
@@ -112,8 +110,8 @@ def _pointers(  # type: ignore[no-untyped-def]
     tl.store(y_ptr + rows[:, None] * stride_y + columns[None, :], tile.to(y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _tma(  # type: ignore[no-untyped-def]
+@triton.jit
+def _tma(
     x_desc,  # (T, K) in tiles (BLOCK_T, BLOCK_K)
     w_desc,  # (N, K) in tiles (BLOCK_N, BLOCK_K), or where TRANSPOSED (K, N) in tiles (BLOCK_K, BLOCK_N)
     y_desc,  # (T, N) in tiles (BLOCK_T, BLOCK_N)

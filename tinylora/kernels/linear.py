@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinylora.kernels import dispatch
-from tinylora.kernels.correction import CHAIN, Correction, empty_rows, onednn_linear, padded
-from tinylora.kernels.frozen_linear import FrozenLinear, two_products
+from tinylora.kernels.correction import Correction, empty_rows, padded
+from tinylora.kernels.frozen import FrozenLinear
 from tinylora.kernels.fused_linear import fused_linear
+from tinylora.kernels.products import CHAIN, onednn_linear, two_products
 
 
 def linear_ref(x: Tensor, group: FrozenLinear) -> Tensor:
@@ -112,12 +113,12 @@ def linear_backward(dy: Tensor, group: FrozenLinear, columns: int) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group, c):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, group, c):
         ctx.group, ctx.columns = group, x.shape[1]
         return _forward(x, group, c)
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy):
         # The pad has no gradient anyone reads: z's reaches x through sM.
         return linear_backward(dy, ctx.group, ctx.columns), None, None
 

@@ -17,16 +17,14 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinylora.errors import BuildError
 from tinylora.files import cache_dir
-
-if TYPE_CHECKING:
-    from tinylora.kernels.correction import Correction
+from tinylora.kernels.correction import Correction
 
 SOURCE = Path(__file__).parent.parent / "csrc" / "cpu.c"
 # Vectors are written out. Left to the compiler, a loop has several paths, and a row's bits may depend on which it takes.
@@ -128,9 +126,11 @@ def call(name: str, work: int, *arguments: Any) -> None:
         raise ValueError(f"{name} of csrc/cpu.c does not take these numbers, or an index points at nothing: {numbers}")
 
 
-def fits(x: Tensor, *widths: int) -> bool:
-    """Whether the kernels take rows in this dtype. `widths`: all that they walk in eights, of a head both D and D / 2."""
-    return x.dtype == torch.float32 and all(n > 0 and n % 8 == 0 for n in widths)
+def takes(x: Tensor, *widths: int, c: Correction | None = None) -> bool:
+    """Whether the kernels take rows like x with this correction. `widths`: all that they walk in eights, of a head both D and
+    D / 2."""
+    rows_fit = x.dtype == torch.float32 and all(n > 0 and n % 8 == 0 for n in widths)
+    return rows_fit and (c is None or (c.rank <= MOST and c.is_plain))
 
 
 def rows(x: Tensor | None) -> tuple[Tensor | None, int]:
@@ -141,7 +141,7 @@ def rows(x: Tensor | None) -> tuple[Tensor | None, int]:
     return x, x.stride(0)
 
 
-def carrying(x: Tensor, width: int, c: "Correction | None") -> tuple[Tensor, int, int]:
+def carrying(x: Tensor, width: int, c: Correction | None) -> tuple[Tensor, int, int]:
     """Rows that a function writes with what they carry: x, its row stride, and the columns that follow z or sM."""
     return x, x.stride(0), x.shape[1] - width - (c.rank if c is not None else 0)
 
@@ -155,7 +155,7 @@ def cells(slots: int, keys: Tensor, values: Tensor, positions: Tensor, table: Te
     return keys, values, positions, table, len(keys), 0 if table is None else table.shape[1], keys.shape[2]
 
 
-def mixing(c: "Correction | None", transposed: bool = False) -> tuple[Any, ...]:
+def mixing(c: Correction | None, transposed: bool = False) -> tuple[Any, ...]:
     """What a function takes of a correction, for z in the forward or for sM in the backward. `c` keeps it all alive."""
     if c is None:
         return None, 0, None, None, None, 0, 0, 0, 1, 0

@@ -28,7 +28,8 @@ import torch
 
 from tinylora.errors import InputError
 from tinylora.files import cache_dir
-from tinylora.kernels import native
+from tinylora.kernels import library, native
+from tinylora.kernels.launch import triton
 
 CHECKS = "tinylora.kernels.self_check:CHECKS"
 CUDA_CHECKS = "tinylora.kernels.self_check:CUDA_CHECKS"
@@ -126,10 +127,6 @@ def _append(path: Path, conditions: dict[str, Any], verdict: Verdict) -> None:
 
 def _conditions(device: torch.device, checks: str) -> dict[str, Any]:
     """Everything a verdict depends on. Not the backend: a check calls its kernel directly."""
-    import triton
-
-    from tinylora.kernels import build  # it is a command too: the package must not have imported it by then
-
     sources = hashlib.sha256()
     for file in [*sorted(KERNELS.rglob("*.py")), importlib.import_module(checks.split(":")[0]).__file__]:
         sources.update(Path(str(file)).read_bytes())
@@ -144,7 +141,7 @@ def _conditions(device: torch.device, checks: str) -> dict[str, Any]:
     if checks == NATIVE_CHECKS:
         conditions["library"] = native.identity()
     if checks == CUDA_CHECKS:
-        conditions["library"] = build.library([build.architecture(device)]).name
+        conditions["library"] = library.library([library.architecture(device)]).name
     if device.type == "cuda":
         driver = Path("/proc/driver/nvidia/version")
         conditions["gpu"] = torch.cuda.get_device_name(device)

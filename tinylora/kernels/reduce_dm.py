@@ -13,12 +13,10 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from tinylora.kernels import dispatch
-from tinylora.kernels.launch import launch
+from tinylora.kernels.launch import launch, tl, triton
 
 BUDGET = {"_partials": (160, 8192), "_ordered_sum": (40, 0)}  # kernel: registers a thread, bytes of shared memory
 
@@ -45,8 +43,8 @@ def reduce_dm_ref(
     return s.new_zeros(adapters, r, r, segments).index_add_(0, adapter, partials).permute(0, 3, 1, 2).contiguous()
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _partials(  # type: ignore[no-untyped-def]
+@triton.jit
+def _partials(
     s_ptr,  # (rows, segments * r)
     t_ptr,  # (rows, segments * r)
     starts_ptr,  # (sequences + 1,) int64
@@ -75,8 +73,8 @@ def _partials(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + sequence * pairs + pair, tl.sum(total, 0), inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _ordered_sum(  # type: ignore[no-untyped-def]
+@triton.jit
+def _ordered_sum(
     partials_ptr,  # (sequences, pairs)
     adapter_ptr,  # (sequences,) int64
     out_ptr,  # (adapters, pairs)
@@ -137,3 +135,31 @@ def reduce_dm(
         raise ValueError(f"s and t are {s.dtype} and {t.dtype}; they do not hold sums of many rows in less than float32")
     op = reduce_dm_triton if dispatch.runs_triton("reduce_dm", s) else reduce_dm_ref
     return op(s, t, lengths, adapters, sequence_adapter, r)
+
+
+class _Reduced(torch.autograd.Function):
+    """The matrices as they are; their gradient is one reduction over the s and t of all linears, when the last s is there."""
+
+    @staticmethod
+    def forward(ctx, s, t, lengths, sequence_adapter, *matrices):  # type: ignore[no-untyped-def]
+        ctx.s, ctx.t, ctx.lengths, ctx.sequence_adapter = s, t, lengths, sequence_adapter
+        ctx.shapes = [m.shape for m in matrices]
+        ctx.set_materialize_grads(False)  # none of them gets a gradient of its own
+        return tuple(m.view_as(m) for m in matrices)
+
+    @staticmethod
+    def backward(ctx, *_):  # type: ignore[no-untyped-def]
+        adapters, _, r, _ = ctx.shapes[0]
+        dM = reduce_dm(ctx.s, ctx.t, ctx.lengths, adapters, ctx.sequence_adapter, r)
+        return (None, None, None, None, *dM.split([shape[1] for shape in ctx.shapes], 1))
+
+
+def reduced_together(
+    s: Tensor,  # (T, columns) fp32, of all linears, filled by the backward
+    t: Tensor,  # (T, columns) fp32, filled by the forward
+    lengths: Sequence[int],  # of the packed sequences
+    sequence_adapter: Tensor | None,  # (sequences,)
+    matrices: Sequence[Tensor],  # M (adapters, segments, r, r) of each linear
+) -> list[Tensor]:
+    """These matrices, whose gradients come out of one `reduce_dm`."""
+    return list(_Reduced.apply(s, t, lengths, sequence_adapter, *matrices))

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from tinylora.kernels import dispatch, native
-from tinylora.kernels.correction import Correction, add_shrunk, arguments, padded, store_mixed, write_sM
-from tinylora.kernels.launch import launch
+from tinylora.kernels.correction import Correction, padded, write_sM
+from tinylora.kernels.launch import launch, tl, triton
 from tinylora.kernels.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_ref
+from tinylora.kernels.row_triton import add_shrunk, arguments, store_mixed
 
 BUDGET = {"_forward": (64, 0), "_backward": (176, 8192)}  # kernel: registers a thread, bytes of shared memory
 
@@ -103,8 +102,8 @@ def rope_backward_plain(
     return dqkv
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _forward(  # type: ignore[no-untyped-def]
+@triton.jit
+def _forward(
     x_ptr,  # (T, heads + 2 kv_heads, D), maybe padded
     cos_ptr,  # (T, D)
     sin_ptr,  # (T, D)
@@ -171,8 +170,8 @@ def _forward(  # type: ignore[no-untyped-def]
             tl.store(y_ptr + half, y2, mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _backward(  # type: ignore[no-untyped-def]
+@triton.jit
+def _backward(
     dq_ptr,  # (T, heads, D)
     dk_ptr,  # (T, kv_heads, D)
     dv_ptr,  # (T, kv_heads, D)
@@ -362,19 +361,19 @@ def rope_backward_native(
     return dx
 
 
-def _forward_op(qkv: Tensor, h: Heads):  # type: ignore[no-untyped-def]
+def _forward_op(qkv: Tensor, h: Heads):
     return dispatch.choose("rope", qkv, rope_native, rope_triton, rope_plain, h.head_dim, h.head_dim // 2)
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, M, cos, sin, h, inner):  # type: ignore[no-untyped-def]
+    def forward(ctx, qkv, M, cos, sin, h, inner):
         ctx.save_for_backward(cos, sin, qkv if h.q_norm is not None else None)
         ctx.heads, ctx.inner, ctx.width = h, inner, qkv.shape[1]
         return _forward_op(qkv, h)(qkv, cos, sin, h)
 
     @staticmethod
-    def backward(ctx, dq, dk, dv):  # type: ignore[no-untyped-def]
+    def backward(ctx, dq, dk, dv):
         cos, sin, qkv = ctx.saved_tensors
         ops = (rope_backward_native, rope_backward_triton, rope_backward_plain)
         D = ctx.heads.head_dim

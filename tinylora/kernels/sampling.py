@@ -11,13 +11,11 @@ which the sum passes u is then read again, alone.
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from tinylora import prng
 from tinylora.kernels import dispatch
-from tinylora.kernels.launch import launch
+from tinylora.kernels.launch import launch, tl, triton
 from tinylora.kernels.token_logprobs import log_softmax_at
 
 BUDGET = {"_tile_sums": (96, 1024), "_pick": (128, 32_768)}  # kernel: registers a thread, bytes of shared memory
@@ -55,8 +53,8 @@ def _truncate(p: Tensor, top_p: float, top_k: int) -> Tensor:
     return p
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _tile_sums(  # type: ignore[no-untyped-def]
+@triton.jit
+def _tile_sums(
     logits_ptr,  # (T, vocab)
     tops_ptr,  # (T, tiles): the largest logit
     sums_ptr,  # (T, tiles): sum e^(l - the largest)
@@ -75,8 +73,8 @@ def _tile_sums(  # type: ignore[no-untyped-def]
     tl.store(sums_ptr + out, tl.sum(tl.exp(logit - base), 0))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _pick(  # type: ignore[no-untyped-def]
+@triton.jit
+def _pick(
     logits_ptr,  # (T, vocab)
     tops_ptr,  # (T, tiles)
     sums_ptr,  # (T, tiles)

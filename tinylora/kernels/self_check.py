@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tinylora.kernels import add_norm, attention, decode_attention, decode_linear, rope, shrink, swiglu
 from tinylora.kernels.correction import Correction
-from tinylora.kernels.frozen_linear import FrozenLinear
+from tinylora.kernels.frozen import FrozenLinear
 from tinylora.kernels.fused_linear import fused_linear, fused_linear_ref
 from tinylora.kernels.proof import CHECKS as CHECKS_NAME
 from tinylora.kernels.proof import dtypes, name_of, seconds_per_task
@@ -286,12 +286,12 @@ def decode_attention_check(device: torch.device, dtype: torch.dtype, seed: int) 
         tables = rope.rope_tables(view.positions, randn(D // 2).float().exp(), dtype)
         arguments: list[Any] = [randn(slots, h.width + 16), *tables, *pages, c]
 
-        def kernels(qkv, cos, sin, keys, values, c, view=view, h=h):  # type: ignore[no-untyped-def]
+        def kernels(qkv, cos, sin, keys, values, c, view=view, h=h):
             keys, values = keys.clone(), values.clone()
             q = launcher(rope, "rope_cache", device)(qkv, cos, sin, h, keys, values, view.positions, view.table)
             return q, keys, values, *launcher(decode_attention, "decode_attention", device)(q, keys, values, view, c)
 
-        def plain(qkv, cos, sin, keys, values, c, view=view, h=h):  # type: ignore[no-untyped-def]
+        def plain(qkv, cos, sin, keys, values, c, view=view, h=h):
             keys, values, view = keys.clone(), values.clone(), dataclasses.replace(view, dtype=qkv.dtype)
             q, k, v = rope.rope_plain(qkv, cos, sin, h)
             page, place = view.place
@@ -323,7 +323,7 @@ def packed_attention_check(device: torch.device, dtype: torch.dtype, seed: int) 
         def ours(q: Tensor, k: Tensor, v: Tensor, layout: attention.Packing = layout) -> Tensor:
             return attention._NativeAttention.apply(q, k, v, layout)
 
-        def plain(q: Tensor, k: Tensor, v: Tensor, rows=rows, whole=whole, where=where) -> Tensor:  # type: ignore[no-untyped-def]
+        def plain(q: Tensor, k: Tensor, v: Tensor, rows=rows, whole=whole, where=where) -> Tensor:
             return attention.packed_attention_ref(q[rows], k[rows], v[rows], whole)[where]
 
         def run(op: Callable[..., Tensor], *inputs: Tensor) -> Outputs:

@@ -4,13 +4,13 @@ It has no backward of its own: the linear that reads the same x adds its part, (
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from tinylora.kernels import dispatch, native
-from tinylora.kernels.correction import Correction, add_shrunk, arguments, narrow_product, row_config, store_mixed
-from tinylora.kernels.launch import launch
+from tinylora.kernels.correction import Correction
+from tinylora.kernels.launch import launch, tl, triton
+from tinylora.kernels.products import narrow_product
+from tinylora.kernels.row_triton import add_shrunk, arguments, row_config, store_mixed
 
 BUDGET = {"_shrink": (64, 8192)}  # kernel: registers a thread, bytes of shared memory
 
@@ -23,8 +23,8 @@ def shrink_ref(x: Tensor, c: Correction) -> Tensor:
     return c.mix(t)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _shrink(  # type: ignore[no-untyped-def]
+@triton.jit
+def _shrink(
     x_ptr,  # (T, K)
     a_ptr,  # (R, K)
     z_ptr,  # (T, R)

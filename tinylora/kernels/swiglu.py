@@ -7,22 +7,12 @@ z is the outer linear's (down), sM the inner one's (gate+up). Keeps x alone; sig
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from tinylora.kernels import dispatch, native
-from tinylora.kernels.correction import (
-    Correction,
-    add_shrunk,
-    arguments,
-    padded,
-    row_config,
-    store_mixed,
-    write_sM,
-    write_z,
-)
-from tinylora.kernels.launch import launch
+from tinylora.kernels.correction import Correction, padded, write_sM, write_z
+from tinylora.kernels.launch import launch, tl, triton
+from tinylora.kernels.row_triton import add_shrunk, arguments, row_config, store_mixed
 
 BUDGET = {"_forward": (64, 8192), "_backward": (80, 8192)}  # kernel: registers a thread, bytes of shared memory
 
@@ -51,8 +41,8 @@ def swiglu_backward_plain(dh: Tensor, x: Tensor, width: int, inner: Correction |
     return dx
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _forward(  # type: ignore[no-untyped-def]
+@triton.jit
+def _forward(
     x_ptr,  # (T, 2 width), maybe padded: [g | u]
     a_ptr,  # (R, width): the outer linear's A
     h_ptr,  # (T, padded)
@@ -93,8 +83,8 @@ def _forward(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _backward(  # type: ignore[no-untyped-def]
+@triton.jit
+def _backward(
     dh_ptr,  # (T, width), maybe padded
     x_ptr,  # (T, 2 width), maybe padded
     b_ptr,  # (R, 2 width): the inner linear's B, transposed
@@ -191,19 +181,19 @@ def swiglu_backward_native(dh: Tensor, x: Tensor, width: int, inner: Correction 
     return dx
 
 
-def _forward_op(x: Tensor, width: int, outer: Correction | None):  # type: ignore[no-untyped-def]
+def _forward_op(x: Tensor, width: int, outer: Correction | None):
     return dispatch.choose("swiglu", x, swiglu_native, swiglu_triton, swiglu_plain, width, c=outer)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, M, width, inner, outer):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, M, width, inner, outer):
         ctx.save_for_backward(x)
         ctx.width, ctx.inner = width, inner
         return _forward_op(x, width, outer)(x, width, outer)
 
     @staticmethod
-    def backward(ctx, dh):  # type: ignore[no-untyped-def]
+    def backward(ctx, dh):
         (x,) = ctx.saved_tensors
         ops = (swiglu_backward_native, swiglu_backward_triton, swiglu_backward_plain)
         dx = dispatch.choose("swiglu", x, *ops, ctx.width, c=ctx.inner)(dh, x, ctx.width, ctx.inner)

@@ -13,13 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from tinylora.kernels import dispatch
-from tinylora.kernels.frozen_linear import pad_rows
-from tinylora.kernels.launch import launch
+from tinylora.kernels.launch import launch, tl, triton
+from tinylora.kernels.products import pad_rows
 
 ROWS, TILE = 512, 1024  # plain PyTorch holds logits of this many rows and tokens at a time
 SPLITS = 16  # shares of the vocabulary: with 1024 rows in blocks of 128 they fill a GPU of 132 processors
@@ -76,7 +74,7 @@ def _forward(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float) -
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, tokens, temperature):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, head, tokens, temperature):
         parts = [_forward(hidden[rows], head, tokens[rows], temperature) for rows in _slices(len(hidden), ROWS)]
         logp, entropy, most, log_total = map(torch.cat, zip(*parts, strict=True)) if parts else hidden.new_zeros(4, 0)
         ctx.save_for_backward(hidden, head, tokens, most, log_total)
@@ -85,7 +83,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
-    def backward(ctx, dlogp, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, dlogp, _):
         hidden, head, tokens, most, log_total = ctx.saved_tensors
         dhidden = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
         for rows in _slices(len(hidden), ROWS):
@@ -100,8 +98,8 @@ class _TokenLogprobs(torch.autograd.Function):
         return dhidden.to(hidden.dtype), None, None, None
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _logits(  # type: ignore[no-untyped-def]
+@triton.jit
+def _logits(
     hidden_ptr,  # (T, width)
     head_ptr,  # (vocab, width)
     rows,  # (ROWS,) int64
@@ -128,8 +126,8 @@ def _logits(  # type: ignore[no-untyped-def]
     return tile / temperature
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _share(  # type: ignore[no-untyped-def]
+@triton.jit
+def _share(
     hidden_ptr,  # (T, width)
     head_ptr,  # (vocab, width)
     tokens_ptr,  # (T,) int64
@@ -172,8 +170,8 @@ def _share(  # type: ignore[no-untyped-def]
     tl.store(chosen_ptr + rows, chosen, (rows < T) & (token >= first) & (token < end))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _combine(  # type: ignore[no-untyped-def]
+@triton.jit
+def _combine(
     chosen_ptr,  # (T,)
     shares_ptr,  # (splits, 3, T)
     logp_ptr,  # (T,)
@@ -204,8 +202,8 @@ def _combine(  # type: ignore[no-untyped-def]
     tl.store(entropy_ptr + rows, log_mass - moment / mass, rows < T)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _dlogits(  # type: ignore[no-untyped-def]
+@triton.jit
+def _dlogits(
     hidden_ptr,  # (T, width)
     head_ptr,  # (vocab, width)
     tokens_ptr,  # (T,) int64
@@ -255,7 +253,7 @@ def chunk_rows(rows: int) -> int:
 
 class _TokenLogprobsTriton(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, tokens, temperature):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, head, tokens, temperature):
         (rows, width), vocab, options = hidden.shape, len(head), config(hidden.dtype)
         splits, tiles = shares(vocab, options["COLUMNS"])
         logp, entropy, lse = hidden.new_empty(3, rows, dtype=torch.float32)
@@ -271,7 +269,7 @@ class _TokenLogprobsTriton(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
-    def backward(ctx, dlogp, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, dlogp, _):
         hidden, head, tokens, lse = ctx.saved_tensors
         (rows, width), vocab, options = hidden.shape, len(head), config(hidden.dtype)
         size = chunk_rows(rows)

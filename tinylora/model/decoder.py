@@ -4,13 +4,11 @@ Tokens travel packed: (T,) ids with positions, many sequences one after another.
 slot. What differs is only how a token attends, so the loop takes that as an argument.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,12 +19,14 @@ from tinylora.kernels.attention import Packing, packed_attention
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.decode_attention import CacheView, decode_attention, rope_into_cache
 from tinylora.kernels.decode_linear import decode_linear, takes
-from tinylora.kernels.frozen_linear import NARROW, FrozenLinear, pad_rows, padded_rows
+from tinylora.kernels.frozen import FrozenLinear
 from tinylora.kernels.linear import linear
-from tinylora.kernels.reduce_dm import reduce_dm
+from tinylora.kernels.products import NARROW, pad_rows, padded_rows
+from tinylora.kernels.reduce_dm import reduced_together
 from tinylora.kernels.rope import Heads, rope, rope_tables
 from tinylora.kernels.shrink import shrink
 from tinylora.kernels.swiglu import swiglu
+from tinylora.model.cache import KVCache
 from tinylora.model.config import GROUPS, ModelConfig, module_name, rope_frequencies
 
 Matrices = Sequence[Tensor | None]  # one M (adapters, segments, r, r) per group, layer after layer; None: adapter off
@@ -61,101 +61,6 @@ class Layer:
     @property
     def groups(self) -> tuple[FrozenLinear, ...]:
         return self.qkv, self.o, self.gate_up, self.down
-
-
-class KVCache:
-    """Keys and values of every layer in pages: (layers, pages, kv_heads, page_size, head_dim) each.
-
-    Paged, `table` says which pages a slot's positions lie in, and one page more than asked for, the last, takes what slots
-    out of use write. Without a table a slot owns one page as long as any sequence, the one of its own number: on a CPU no
-    step then gathers pages.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        pages: int,
-        page_size: int,
-        like: Tensor,
-        slots: int = 0,
-        longest: int = 0,
-        kept: Tensor | None = None,  # the room of a cache before, which is taken where it is enough
-    ) -> None:
-        shape = (2, config.num_layers, pages + (slots > 0), config.num_kv_heads, page_size, config.head_dim)
-        size = math.prod(shape)
-        self.room = kept if kept is not None and len(kept) >= size else lazy_zeros(size, like)  # (elements,)
-        self.keys, self.values = self.room[:size].view(shape)
-        self.page_size = page_size
-        self.table: Tensor | None = None
-        if slots:  # (slots, most pages of a sequence)
-            self.table = torch.full((slots, -(-longest // page_size)), pages, dtype=torch.int32, device=like.device)
-
-    @property
-    def paged(self) -> bool:
-        return self.table is not None
-
-    @staticmethod
-    def bytes_per_token(config: ModelConfig, element_size: int) -> int:
-        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * element_size
-
-    def write_prompt(
-        self,
-        keys: Tensor,  # (layers, tokens, kv_heads, head_dim)
-        values: Tensor,  # (layers, tokens, kv_heads, head_dim)
-        pages: Sequence[int],  # that the tokens fill, one after another
-        tails: Sequence[int],  # or: pages that get a copy of the tokens each
-    ) -> None:
-        """Put a prefilled prompt, or a part of it, into pages."""
-        first, n = tails[0] if tails else 0, len(tails)
-        run = list(tails) == list(range(first, first + n))
-        for cells, rows in ((self.keys, keys), (self.values, values)):
-            rows = rows.transpose(1, 2)  # (layers, kv_heads, tokens, head_dim)
-            for i, page in enumerate(pages):
-                cells[:, page] = rows[:, :, i * self.page_size : (i + 1) * self.page_size]
-            if n and run:
-                cells[:, first : first + n, :, : rows.shape[2]] = rows[:, None]
-            else:
-                for page in tails:
-                    cells[:, page, :, : rows.shape[2]] = rows
-
-    def write_table(self, rows: Sequence[Sequence[int]]) -> None:
-        """The pages of the first slots, those of each in their order."""
-        assert self.table is not None
-        slots, most = self.table.shape
-        rubbish = self.keys.shape[1] - 1
-        full = [[*row, *[rubbish] * (most - len(row))] for row in [*rows, *[[]] * (slots - len(rows))]]
-        # pinned, or the copy would wait for the device
-        self.table.copy_(torch.tensor(full, dtype=torch.int32, pin_memory=self.table.is_cuda), non_blocking=True)
-
-    def move(self, moves: Sequence[tuple[int, int]], longest: int) -> None:
-        """Without a table: copy the first `longest` positions of slots to others, (from, to) each."""
-        for cells in (self.keys, self.values):
-            for source, target in moves:
-                cells[:, target, :, :longest] = cells[:, source, :, :longest]
-
-
-def lazy_zeros(size: int, like: Tensor) -> Tensor:
-    """Zeros (size,) of like's dtype and device; on a CPU memory that takes no room until it is written."""
-    if like.device.type != "cpu":
-        return like.new_zeros(size)
-    return torch.from_numpy(np.zeros(size * like.element_size(), np.uint8)).view(like.dtype)
-
-
-class _Gather(torch.autograd.Function):
-    """The matrices as they are; their gradient is one reduction over the s and t of all linears, when the last s is there."""
-
-    @staticmethod
-    def forward(ctx, s, t, lengths, sequence_adapter, *matrices):  # type: ignore[no-untyped-def]
-        ctx.s, ctx.t, ctx.lengths, ctx.sequence_adapter = s, t, lengths, sequence_adapter
-        ctx.shapes = [m.shape for m in matrices]
-        ctx.set_materialize_grads(False)  # none of them gets a gradient of its own
-        return tuple(m.view_as(m) for m in matrices)
-
-    @staticmethod
-    def backward(ctx, *_):  # type: ignore[no-untyped-def]
-        adapters, _, r, _ = ctx.shapes[0]
-        dM = reduce_dm(ctx.s, ctx.t, ctx.lengths, adapters, ctx.sequence_adapter, r)
-        return (None, None, None, None, *dM.split([shape[1] for shape in ctx.shapes], 1))
 
 
 class Decoder:
@@ -213,6 +118,10 @@ class Decoder:
                 if any(s is not None for s in segments):
                     group.pack(segments, [self.config.shape(n)[0] for n in names], self.narrow)
 
+    def segments(self) -> list[int]:
+        """How many segments of rank r the factors packed beside each fused linear have, padding included; 0: none are."""
+        return [0 if group.A is None else len(group.A) // self.rank for layer in self.layers for group in layer.groups]
+
     def zero_matrices(self) -> Matrices | None:
         """M = 0 (1, segments, r, r) for every group that holds factors; None where none does. On a GPU, where no segments are
         added for the sake of `narrow`."""
@@ -246,7 +155,7 @@ class Decoder:
             if row_adapter is not None:
                 starts = torch.tensor([0, *lengths[:-1]], device=row_adapter.device).cumsum(0)
                 sequence_adapter = row_adapter[starts]
-            used = list(_Gather.apply(s, t, lengths, sequence_adapter, *used))
+            used = reduced_together(s, t, lengths, sequence_adapter, used)
         corrections: list[Correction | None] = []
         column, remaining = 0, iter(used)
         for group, m in zip(groups, matrices, strict=True):
@@ -343,9 +252,3 @@ class Decoder:
         batch, length = input_ids.shape
         hidden = self.packed(input_ids.to(self.device).flatten(), [length] * batch, matrices)
         return F.linear(pad_rows(hidden), self.head)[: batch * length].float().unflatten(0, (batch, length))
-
-    def generate(self, prompts: list[list[int]], **options: Any) -> list[Any]:
-        """Completions of prompts of token ids; see `tinylora.generate.generate`."""
-        from tinylora.generate import generate  # which needs this module
-
-        return generate(self, prompts, **options)

@@ -11,7 +11,7 @@ from tinylora.demo.problems import BUILTIN_MODELS
 from tinylora.errors import InputError
 from tinylora.files import content_hash
 from tinylora.kernels import dispatch
-from tinylora.kernels.frozen_linear import FrozenLinear
+from tinylora.kernels.frozen import FrozenLinear
 from tinylora.model.config import GROUPS, ModelConfig, module_name
 from tinylora.model.decoder import Decoder, Layer
 

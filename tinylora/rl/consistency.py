@@ -12,7 +12,7 @@ import torch
 
 from tinylora.adapter import Adapter
 from tinylora.errors import InputError
-from tinylora.kernels.frozen_linear import NARROW
+from tinylora.kernels.products import NARROW
 from tinylora.rl.rollout import rollout
 from tinylora.rl.slots import Sampling
 from tinylora.rl.update import score

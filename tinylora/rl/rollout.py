@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tinylora.errors import InputError
 from tinylora.kernels import native
-from tinylora.kernels.frozen_linear import NARROW
 from tinylora.kernels.linear import fp32_sums
+from tinylora.kernels.products import NARROW
 from tinylora.kernels.sampling import uniforms
 from tinylora.model.decoder import Decoder, KVCache, Matrices
 from tinylora.rl import memory

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinylora.kernels import dispatch
-from tinylora.kernels.correction import CHAIN, Correction, onednn_linear
-from tinylora.kernels.frozen_linear import NARROW
+from tinylora.kernels.correction import Correction
+from tinylora.kernels.products import CHAIN, NARROW, onednn_linear
 from tinylora.kernels.sampling import sample
 from tinylora.model.decoder import Decoder, KVCache, Matrices
 

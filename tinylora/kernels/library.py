@@ -1,0 +1,157 @@
+"""The library of csrc/'s CUDA C++ kernels: compiled for a GPU by nvcc, once, and kept in the cache.
+
+Nothing is compiled on `pip install`. TINYLORA_BACKEND=cuda compiles for the GPU that is there before its first use;
+`python -m tinylora.kernels.build` does so beforehand. What comes out is kept in the cache under a hash of sources, flags,
+compiler and PyTorch; it appears whole or not at all, and of several processes one compiles while the others wait.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinylora.errors import BuildError
+from tinylora.files import cache_dir, write_text
+
+SOURCES = Path(__file__).parent.parent / "csrc"  # a link to csrc/ in a checkout, a folder in an installed package
+TORCH = Path(torch.__file__).parent
+HEADERS = TORCH / "include"
+OLDEST = (12, 8)  # the first nvcc that compiles for Blackwell
+FLAGS = ("-O3", "--threads=0", "-std=c++17", "-shared", "-Xcompiler=-fPIC,-Wall", "-Werror=all-warnings", "-Xptxas=-v")
+STABLE = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")  # 2.11: what is built serves it and later versions
+
+
+def sources() -> list[Path]:
+    return sorted(f for f in SOURCES.glob("*") if f.suffix != ".c")  # cpu.c is `native`'s
+
+
+def architecture(device: torch.device) -> str:
+    """Of a CUDA device, as nvcc names it."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
+
+
+def _nvcc() -> tuple[str, str]:
+    """The compiler's path and its version."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None:
+        raise BuildError(f"no nvcc {f'in CUDA_HOME={home}' if home else 'on PATH, and CUDA_HOME is not set'}")
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{nvcc} does not run: {error}") from None
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    if found is None:
+        raise BuildError(f"{nvcc} --version names no release")
+    version = int(found[1]), int(found[2])
+    if version < OLDEST:
+        raise BuildError(f"{nvcc} is of CUDA {found[1]}.{found[2]}; {OLDEST[0]}.{OLDEST[1]} or later is needed")
+    return nvcc, f"{found[1]}.{found[2]}"
+
+
+def _command(nvcc: str, architectures: Sequence[str]) -> list[str]:
+    codes = [f"-gencode=arch=compute_{a.removeprefix('sm_')},code={a}" for a in architectures]
+    # By way of libtorch.so, which needs whatever this PyTorch has: with CUDA the stream's function is then found, without not.
+    torch_ = [f"-isystem={HEADERS}", f"-L{TORCH / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch"]
+    return [nvcc, *FLAGS, *STABLE, *codes, *torch_, str(SOURCES / "registration.cu")]
+
+
+def resources(log: str) -> list[dict[str, Any]]:
+    """What `ptxas -v` says of every kernel: name, architecture, registers, and bytes of stack and spills."""
+    found = []
+    for entry in log.split("Compiling entry function '")[1:]:
+        name, arch = re.match(r"(\w+)' for '(\w+)'", entry).groups()  # type: ignore[union-attr]
+        numbers = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        registers = re.search(r"Used (\d+) registers", entry)
+        if numbers is None or registers is None:
+            raise BuildError(f"ptxas says nothing of {name} that could be read")
+        stack, stores, loads = map(int, numbers.groups())
+        found.append({"kernel": name, "arch": arch, "registers": int(registers[1]), "stack": stack, "spills": stores + loads})
+    return found
+
+
+def library(architectures: Sequence[str]) -> Path:
+    """The library of csrc/ for these architectures, from the cache or from nvcc, which takes up to a minute.
+
+    BuildError, in one line, where it cannot be had.
+    """
+    if not (SOURCES / "registration.cu").exists():
+        raise BuildError(f"this installation lacks {SOURCES}")
+    if not (HEADERS / "torch" / "csrc" / "stable" / "library.h").exists():
+        raise BuildError(f"this PyTorch lacks its headers, {HEADERS / 'torch' / 'csrc' / 'stable'}")
+    nvcc, version = _nvcc()
+    command = _command(nvcc, architectures)
+    key = hashlib.sha256(json.dumps([command[1:], version, torch.__version__]).encode())
+    for file in sources():
+        key.update(file.name.encode() + b"\0" + file.read_bytes())
+    path = cache_dir() / f"csrc-{'-'.join(architectures)}-{key.hexdigest()[:16]}.so"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _say(f"another process compiles {path.name}; waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _whole(path):
+                _compile(command, version, path)
+    except OSError as error:
+        raise BuildError(f"the cache cannot be written: {error}") from None
+    return path
+
+
+def _say(line: str) -> None:
+    print(f"tinylora: {line}", file=sys.stderr, flush=True)
+
+
+def record(path: Path) -> dict[str, Any]:
+    """What is kept beside a library: "sha256" of it, the "kernels" as ptxas reports them, "seconds"."""
+    kept: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+    return kept
+
+
+def _whole(path: Path) -> bool:
+    """Whether the library is there as it was written: loading a truncated one would kill the process."""
+    if not path.exists():
+        return False
+    try:
+        if record(path)["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest():
+            return True
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    _say(f"{path} is broken and is compiled again")
+    return False
+
+
+def _compile(command: list[str], version: str, path: Path) -> None:
+    _say(f"compiling {path.name} with nvcc {version}, once; up to a minute")
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".csrc-") as folder:
+        partial = Path(folder) / "library.so"
+        done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+        log = done.stdout + done.stderr
+        if done.returncode or not partial.exists():
+            kept = path.with_suffix(".log")
+            write_text(kept, log)
+            first = next(
+                (line for line in log.splitlines() if "error" in line or "fatal" in line), f"exit status {done.returncode}"
+            )
+            raise BuildError(f"nvcc failed: {first.strip()[:200]} (all of it: {kept})")
+        kernels, seconds = resources(log), time.monotonic() - began
+        digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+        # The record first: a kill between the two leaves a library that does not match, which is compiled again.
+        write_text(path.with_suffix(".json"), json.dumps({"sha256": digest, "kernels": kernels, "seconds": seconds}, indent=1))
+        os.replace(partial, path)
+    _say(f"compiled in {seconds:.0f} s: {path}")

@@ -1,0 +1,64 @@
+"""What stock libraries multiply: rows in eights, by oneDNN where it keeps a row's bits, two products into one tensor.
+
+A CPU's rows come in multiples of 8. Where the widths do too, as in a Decoder, a row's bits do not depend on how many rows came
+with it, because MKL picks the same inner kernel for all of them.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NARROW = 8  # rows and narrow columns of every CPU GEMM are multiples of this
+ONEDNN_COLUMNS = 512  # inner size from which oneDNN's narrow product was faster than MKL's at every number of rows measured
+CHAIN = 1024  # longest sum given to oneDNN: it adds in one chain, and its error passes twice MKL's beyond about 1,500 terms
+
+
+def padded_rows(rows: int, device: torch.device) -> int:
+    """`rows`, rounded up to a multiple of NARROW on a CPU."""
+    return rows + -rows % NARROW if device.type == "cpu" else rows
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """x (T, ...) with zero rows appended up to `padded_rows`; x itself where nothing is to do."""
+    missing = padded_rows(len(x), x.device) - len(x)
+    return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
+
+
+def narrow_product(x: Tensor, factor: Tensor) -> Tensor:
+    """x factor^T (T, R) for x (T, K) and the few rows of factor (R, K).
+
+    On a CPU oneDNN takes half of MKL's time for it where K is large. The choice does not depend on T, and neither do a row's
+    bits.
+    """
+    return F.linear(x, factor) if x.shape[1] < ONEDNN_COLUMNS else onednn_linear(x, factor)
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias by oneDNN for contiguous fp32 rows on a CPU, where it keeps a row's bits; otherwise by `F.linear`."""
+    takes = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and onednn_keeps_rows()
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") if takes else F.linear(x, weight, bias)
+
+
+@cache
+def onednn_keeps_rows() -> bool:
+    """Whether oneDNN is there, and keeps a row's bits in batches of 8 to 128: PyTorch 2.12 and 2.13 do, 2.11 does not."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(192, 512, generator=g, dtype=torch.float32, device="cpu").split([128, 64])
+    whole, *parts = (torch.ops.mkldnn._linear_pointwise(x[:n], weight, None, "none", [], "") for n in (128, 8, 16, 32, 64))
+    return all(torch.equal(part, whole[: len(part)]) for part in parts)
+
+
+def two_products(x: Tensor, z: Tensor | None, weight: Tensor, Bt: Tensor | None, bias: Tensor | None, y: Tensor) -> Tensor:
+    """y = z B^T + bias, then y += x W^T, for weight (N, K) or the transpose of a (K, N). Writes and returns y (T, N).
+
+    In this order the large product adds to y as it writes it, instead of a pass over y of its own; and in half precision the
+    correction enters before y is rounded. At z = 0 the bits are those of x W^T + bias.
+    """
+    if z is not None and Bt is not None:
+        torch.mm(z, Bt, out=y) if bias is None else torch.addmm(bias, z, Bt, out=y)
+        return y.addmm_(x, weight.T)
+    return torch.mm(x, weight.T, out=y) if bias is None else torch.addmm(bias, x, weight.T, out=y)
