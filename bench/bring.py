@@ -43,9 +43,12 @@ import torch
 import triton
 from torch import Tensor
 
-import tinylora.rl.slots as slots_module
+import tinylora.engine.slots as slots_module
 from bench.models import SHAPES, random_adapter, random_decoder
-from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.engine.rollout import Sampling
+from tinylora.engine.slots import Slots
 from tinylora.kernels import (
     add_norm,
     decode_attention,
@@ -62,9 +65,9 @@ from tinylora.kernels import (
     token_logprobs,
 )
 from tinylora.model import decoder as decoder_module
-from tinylora.model import load_model
-from tinylora.model.decoder import Decoder, KVCache
-from tinylora.rl.slots import Sampling, Slots
+from tinylora.model.cache import KVCache
+from tinylora.model.decoder import Decoder
+from tinylora.model.loader import load_model
 
 MODULES = (add_norm, swiglu, rope, shrink, decode_attention, fused_linear, reduce_dm, sampling, token_logprobs)
 CPU = torch.device("cpu")

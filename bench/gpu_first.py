@@ -18,19 +18,20 @@ from bench.facts import Skipped
 from bench.gpu_run import Run, decoding, kernels, measured, shown, small_shapes, start, steps_of, update, weight_count
 from bench.measure import seconds_in
 from bench.models import gsm8k_like
-from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.engine.rollout import Completion, Sampling, Usage, _Rollout, rollout
+from tinylora.engine.slots import Slots
+from tinylora.engine.text import Text
 from tinylora.errors import BuildError
 from tinylora.kernels import dispatch, library
 from tinylora.kernels.token_logprobs import token_logprobs
-from tinylora.model import load_model
-from tinylora.model.decoder import KVCache
+from tinylora.model.cache import KVCache
+from tinylora.model.loader import load_model
 from tinylora.rl import step as step_module
 from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
 from tinylora.rl.memory import plan_memory
-from tinylora.rl.rollout import Completion, Sampling, Usage, _Rollout, rollout
-from tinylora.rl.slots import Slots
 from tinylora.rl.tasks import load_task
-from tinylora.rl.text import Text
 from tinylora.rl.trainer import Trainer
 from tinylora.rl.update import deterministic, hidden_states
 

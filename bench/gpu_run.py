@@ -19,12 +19,13 @@ from bench.facts import OUTCOMES, Facts, Skipped
 from bench.measure import copy_rate, gemm_rate
 from bench.models import random_adapter, random_decoder
 from bench.verdicts import worst
-from tinylora.adapter import Adapter
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.engine.rollout import Completion, Sampling
+from tinylora.engine.slots import Slots
 from tinylora.kernels.linear import fp32_sums
 from tinylora.kernels.token_logprobs import token_logprobs
-from tinylora.model.decoder import Decoder, KVCache
-from tinylora.rl.rollout import Completion, Sampling
-from tinylora.rl.slots import Slots
+from tinylora.model.cache import KVCache
+from tinylora.model.decoder import Decoder
 from tinylora.rl.update import _microbatches, deterministic, hidden_states
 
 Model = tuple[Decoder, Adapter]

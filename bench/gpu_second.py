@@ -17,13 +17,13 @@ from bench import ops as ops_bench
 from bench.facts import Skipped
 from bench.gpu_run import Run, decoding, measured
 from bench.models import qwen2_config, with_peft
+from tinylora.engine.rollout import Completion, Sampling, rollout
+from tinylora.engine.text import Text
 from tinylora.files import cache_dir
 from tinylora.kernels import dispatch, fused_linear, library
 from tinylora.kernels.linear import fp32_sums
 from tinylora.kernels.token_logprobs import token_logprobs
-from tinylora.model import load_model
-from tinylora.rl.rollout import Completion, Sampling, rollout
-from tinylora.rl.text import Text
+from tinylora.model.loader import load_model
 from tinylora.rl.update import deterministic, hidden_states
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from tinylora.adapter import Adapter, Base, Parts, TinyLoRAConfig, projection_of
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter, base_of_decoder
+from tinylora.adapter.parts import Parts, projection_of
 from tinylora.demo.problems import BUILTIN
 from tinylora.model.config import ModelConfig
 from tinylora.model.decoder import Decoder
@@ -59,7 +61,7 @@ def random_decoder(name: str, device: torch.device, dtype: torch.dtype) -> Decod
 def random_adapter(model: Decoder) -> Adapter:
     """13 numbers tied over all layers, at 0.01; factors are drawn, of a weight's scale: no SVD."""
     config = TinyLoRAConfig(u=13, n_tie="all")
-    base = Base.of_decoder(model)
+    base = base_of_decoder(model)
     names = base.targets(config.target_modules)
 
     def factors(weight: Tensor) -> tuple[Tensor, Tensor]:

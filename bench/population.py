@@ -21,8 +21,8 @@ import torch
 
 from bench.measure import Rounds, card, print_json
 from tinylora.cli import table
+from tinylora.engine.rollout import rollout
 from tinylora.rl.config import TrainConfig, preset
-from tinylora.rl.rollout import rollout
 from tinylora.rl.step import draw, grpo_step, stacked
 from tinylora.rl.trainer import Trainer
 

@@ -27,14 +27,16 @@ import torch
 
 from bench.measure import Rounds, card, copy_rate, gemm_rate, print_json, quantiles, seconds_in, timed
 from bench.models import gsm8k_like, model_directory, with_peft
-from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
 from tinylora.cli import table
-from tinylora.model import load_model
-from tinylora.model.decoder import Decoder, KVCache
-from tinylora.rl.rollout import Sampling, Usage, _Rollout, rollout
-from tinylora.rl.slots import Slots
+from tinylora.engine.rollout import Sampling, Usage, _Rollout, rollout
+from tinylora.engine.slots import Slots
+from tinylora.engine.text import Text
+from tinylora.model.cache import KVCache
+from tinylora.model.decoder import Decoder
+from tinylora.model.loader import load_model
 from tinylora.rl.tasks import load_task
-from tinylora.rl.text import Text
 
 
 def peer(path: Path, dtype: torch.dtype, device: str) -> Any:

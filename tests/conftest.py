@@ -97,8 +97,9 @@ def tiny_model(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(params=[("native", 32), ("addmm", 8)], ids=["native", "addmm"])
 def adapted(tiny_model: Callable[..., Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     """A model, its adapter and that one's matrices: once with C kernels, for which its heads are large enough, once without."""
-    from tinylora.adapter import Adapter, TinyLoRAConfig
-    from tinylora.model import load_model
+    from tinylora.adapter.config import TinyLoRAConfig
+    from tinylora.adapter.on_decoder import Adapter
+    from tinylora.model.loader import load_model
 
     backend, head_dim = request.param
     monkeypatch.setenv("TINYLORA_BACKEND", backend)

@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinylora import prng
-from tinylora.adapter import Adapter, TinyLoRAConfig
-from tinylora.adapter_files import load_adapter
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
 from tinylora.errors import InputError
-from tinylora.model import Decoder, load_model
+from tinylora.loading import load_adapter
 from tinylora.model.config import PROJECTIONS, module_name
+from tinylora.model.decoder import Decoder
+from tinylora.model.loader import load_model
 
 # ---- counts -----------------------------------------------------------------------------------------------------------------
 
@@ -217,9 +219,9 @@ def test_the_relative_change_is_that_of_the_dense_weights(changes: dict[str, obj
     adapter.load_v(torch.randn(adapter.v.shape, generator=torch.Generator().manual_seed(0)))
     moved, whole, v = 0.0, 0.0, adapter.stored_v().detach().double()
     for name, W in decoder.weights(PROJECTIONS).items():
-        if name in adapter.group_of:
-            A, B = (x.double() for x in adapter.factors[name])
-            M = sum(v[adapter.group_of[name], i] * adapter.projections[name][i].double() for i in range(3))
+        if name in adapter.parts.group_of:
+            A, B = (x.double() for x in adapter.parts.factors[name])
+            M = sum(v[adapter.parts.group_of[name], i] * adapter.parts.projections[name][i].double() for i in range(3))
             moved, whole = moved + (B @ M @ A).square().sum().item(), whole + W.double().square().sum().item()
     assert math.isclose(adapter.relative_change(), math.sqrt(moved / whole), rel_tol=1e-5)
 
@@ -352,7 +354,7 @@ def test_saved_adapter_loads_to_the_same_bits(
         loaded = load_adapter(directory, fresh)
         # projection_seed is written out as what it came to
         assert loaded.config.p_seed == adapter.config.p_seed
-        assert loaded.group_of == adapter.group_of and loaded.projection_hash == adapter.projection_hash
+        assert loaded.parts.group_of == adapter.parts.group_of and loaded.parts.projection_hash == adapter.parts.projection_hash
         assert torch.equal(loaded.v, adapter.stored_v()) and loaded.v.requires_grad
         assert torch.equal(fresh.logits(TOKENS, loaded.matrices()), logits)
 

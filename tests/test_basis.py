@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tinylora import basis
-from tinylora.basis import BASES, compute_basis, control_basis, truncated_svd
+from tinylora.adapter import basis
+from tinylora.adapter.basis import BASES, compute_basis, control_basis, truncated_svd
 from tinylora.files import cache_dir
 
 SHAPES = [(60, 24), (24, 60), (40, 40), (37, 23), (1, 9), (5, 4)]  # (N, K)

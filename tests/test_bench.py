@@ -14,7 +14,7 @@ import torch
 from bench import attach, decode, layers, measure, ops, report, verdicts
 from bench.measure import Rounds, call_seconds, in_turns, peak_extra_bytes
 from bench.ops import MODELS, check_agreement, head_case, linear_case, norm_case, swiglu_case
-from tinylora.basis import truncated_svd
+from tinylora.adapter.basis import truncated_svd
 
 F32 = torch.float32
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
@@ -400,7 +400,7 @@ def test_seconds_in_methods_are_counted_while_the_block_runs():
 def test_grpo_bench_counts_its_tokens_and_flop(capsys, monkeypatch, tmp_path):
     """On the built-in model, where no end token is cut off: 2 prompts x 2 samples."""
     from bench import grpo
-    from tinylora.model import load_model
+    from tinylora.model.loader import load_model
 
     arguments = ["grpo", "--model", "builtin", "--prompts", "2", "--samples", "2", "--longest", "8", "--rounds", "3"]
     monkeypatch.setattr("sys.argv", [*arguments, "--json", str(tmp_path / "out.json")])

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.engine.rollout import Sampling, rollout
 from tinylora.errors import InputError
-from tinylora.model import load_model
+from tinylora.model.loader import load_model
 from tinylora.rl import consistency
 from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
 from tinylora.rl.consistency import fix_capacity, require_same_policy
-from tinylora.rl.rollout import rollout
-from tinylora.rl.slots import Sampling
 from tinylora.rl.trainer import Trainer
 from tinylora.rl.update import score
 

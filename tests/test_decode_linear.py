@@ -4,15 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
 from tinylora.kernels import decode_linear as module
 from tinylora.kernels import dispatch, self_check
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.decode_linear import decode_linear, decode_linear_ref, takes
 from tinylora.kernels.frozen import FrozenLinear
 from tinylora.kernels.layer_linear import layer_linear_ref
-from tinylora.model import decoder, load_model
-from tinylora.model.decoder import KVCache
+from tinylora.model import decoder
+from tinylora.model.cache import KVCache
+from tinylora.model.loader import load_model
 
 CPU = torch.device("cpu")
 

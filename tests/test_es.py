@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from bench.measure import peak_extra_bytes
+from tinylora.engine.rollout import rollout
 from tinylora.errors import InputError
 from tinylora.rl import es as es_module
 from tinylora.rl import step as step_module
 from tinylora.rl.advantages import compute_advantages
 from tinylora.rl.config import TrainConfig, preset
 from tinylora.rl.es import noise
-from tinylora.rl.rollout import rollout
 from tinylora.rl.trainer import Trainer
 
 

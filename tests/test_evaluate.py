@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from tinylora import evaluate, train
-from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.engine.rollout import Sampling, rollout
 from tinylora.errors import InputError
-from tinylora.model import load_model
+from tinylora.model.loader import load_model
 from tinylora.rl import sample_cache
 from tinylora.rl.grading import Verdict
 from tinylora.rl.rewards import Grader
-from tinylora.rl.rollout import Sampling, rollout
 
 ROOT = Path(__file__).parent.parent
 FILES = ("results.json", "samples.jsonl")

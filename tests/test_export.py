@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import tinylora
 from tinylora import InputError, TinyLoRAConfig, export, load_adapter, load_model
-from tinylora.adapter import Adapter
+from tinylora.adapter.on_decoder import Adapter
 from tinylora.prng import normal
 
 LIMIT = 1e-5

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from tinylora import generate as generate_module
-from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.engine.generate import generate
+from tinylora.engine.rollout import Sampling, rollout
 from tinylora.errors import InputError
 from tinylora.generate import Printer, main
-from tinylora.model import load_model
-from tinylora.rl.rollout import Sampling, rollout
+from tinylora.model.loader import load_model
 
 PROBLEM = "Ann has 23 pens. Gets 48. Loses 7. How many?"
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8], [12]]
@@ -27,22 +29,22 @@ def adapters(tiny_model):
 def test_one_adapter_each_is_each_alone(adapters):
     model, found = adapters
     s = Sampling(12, seed=3)
-    mixed = model.generate(PROMPTS, adapters=found, sampling=s, generations=2)
+    mixed = generate(model, PROMPTS, adapters=found, sampling=s, generations=2)
     for i, (prompt, a) in enumerate(zip(PROMPTS, found, strict=True)):
         with torch.no_grad():
             alone = rollout(model, a.matrices(), [prompt], 2, s, first_sequence=2 * i)
         assert [c.tokens for c in mixed[2 * i : 2 * i + 2]] == [c.tokens for c in alone]
-    one = model.generate(PROMPTS, adapters=found[:1], sampling=s)
-    assert [c.tokens for c in one] != [c.tokens for c in model.generate(PROMPTS, sampling=s)]
+    one = generate(model, PROMPTS, adapters=found[:1], sampling=s)
+    assert [c.tokens for c in one] != [c.tokens for c in generate(model, PROMPTS, sampling=s)]
 
 
 def test_adapters_that_do_not_fit_are_refused(adapters):
     model, found = adapters
     with pytest.raises(InputError, match="2 adapters for 3 prompts"):
-        model.generate(PROMPTS, adapters=found[:2])
+        generate(model, PROMPTS, adapters=found[:2])
     other = Adapter(model, TinyLoRAConfig(u=3, n_tie=4, seed=9))
     with pytest.raises(InputError, match="differ in v alone"):
-        model.generate(PROMPTS, adapters=[*found[:2], other])
+        generate(model, PROMPTS, adapters=[*found[:2], other])
 
 
 def test_the_command_streams_and_says_the_same_in_a_batch(capsys, tmp_path, monkeypatch):

@@ -14,17 +14,18 @@ import pytest
 import torch
 from test_decode_linear import decoded
 
-from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.engine.rollout import Completion, Sampling, Usage, rollout
+from tinylora.engine.slots import Slots
 from tinylora.errors import BuildError
 from tinylora.kernels import dispatch, library, proof
 from tinylora.kernels.attention import Packing, packed_attention, packed_attention_ref
 from tinylora.kernels.sampling import uniforms
 from tinylora.kernels.token_logprobs import token_logprobs
-from tinylora.model import load_model
+from tinylora.model.loader import load_model
 from tinylora.rl import step as step_module
 from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
-from tinylora.rl.rollout import Completion, Sampling, Usage, rollout
-from tinylora.rl.slots import Slots
 from tinylora.rl.trainer import Trainer
 from tinylora.rl.update import deterministic, hidden_states
 

@@ -4,14 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
 from tinylora.kernels.attention import packed_attention_ref
 from tinylora.kernels.rms_norm import rms_norm_ref
 from tinylora.kernels.rope import Heads, rope_ref, rope_tables
 from tinylora.kernels.swiglu import swiglu_ref
 from tinylora.kernels.token_logprobs import token_logprobs, token_logprobs_ref
-from tinylora.model import load_model
 from tinylora.model.config import GROUPS, module_name
+from tinylora.model.loader import load_model
 
 LENGTHS = [5, 9, 1, 12]
 TOKENS = torch.randint(96, (27,), generator=torch.Generator().manual_seed(3))
@@ -21,7 +22,7 @@ TARGETS = torch.randint(96, (27,), generator=torch.Generator().manual_seed(4))
 def reference_logprobs(model, adapter, v):
     """log p of TARGETS, (27,): every weight formed explicitly, plain PyTorch everywhere, one adapter."""
     c, dtype = model.config, v.dtype
-    P = {n: p.to(dtype) for n, p in adapter.projections.items()}
+    P = {n: p.to(dtype) for n, p in adapter.parts.projections.items()}
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
     cos, sin = rope_tables(positions, model.frequencies, dtype)
     x = model.embedding.to(dtype)[TOKENS]
@@ -30,9 +31,9 @@ def reference_logprobs(model, adapter, v):
         parts = []
         for name, w in zip(names, group.weight.to(dtype).split([model.config.shape(n)[0] for n in names]), strict=True):
             module = module_name(i, name)
-            if module in adapter.factors:
-                A, B = (f.to(dtype) for f in adapter.factors[module])
-                M = torch.einsum("u,uij->ij", v[adapter.group_of[module]], P[module])
+            if module in adapter.parts.factors:
+                A, B = (f.to(dtype) for f in adapter.parts.factors[module])
+                M = torch.einsum("u,uij->ij", v[adapter.parts.group_of[module]], P[module])
                 w = w + B @ M @ A
             parts.append(w)
         return F.linear(x, torch.cat(parts), None if group.bias is None else group.bias.to(dtype))
@@ -68,9 +69,9 @@ def models(tiny_model, family, config):
     path = str(tiny_model(family))
     wide, single = load_model(path, dtype="float64"), load_model(path, dtype="float32")
     adapters = Adapter(wide, config), Adapter(single, config)
-    for name, (A, B) in adapters[0].factors.items():
-        torch.testing.assert_close(A, adapters[1].factors[name][0], rtol=0, atol=1e-6)
-        torch.testing.assert_close(B, adapters[1].factors[name][1], rtol=1e-5, atol=1e-5)
+    for name, (A, B) in adapters[0].parts.factors.items():
+        torch.testing.assert_close(A, adapters[1].parts.factors[name][0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(B, adapters[1].parts.factors[name][1], rtol=1e-5, atol=1e-5)
     return wide, single, *adapters
 
 
@@ -92,8 +93,8 @@ def test_gradient_of_v(tiny_model, family, name):
     PyTorch in fp32. (The largest error of a handful of numbers is too noisy to compare: it alone varies twofold.)"""
     config = CONFIGS[name]
     wide, single, adapter64, adapter32 = models(tiny_model, family, config)
-    adapter32.parts.factors = adapter64.factors
-    single.pack_factors(adapter64.factors)
+    adapter32.parts.factors = adapter64.parts.factors
+    single.pack_factors(adapter64.parts.factors)
     ours, plain = torch.zeros(2), torch.zeros(2)
     for seed in range(12):
         v = 0.2 * torch.randn(adapter64.v.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

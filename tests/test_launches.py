@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tinylora.engine.rollout import Sampling
+from tinylora.engine.slots import Slots
 from tinylora.kernels import add_norm, decode_attention, decode_linear, dispatch, fused_linear, rope, sampling, shrink, swiglu
 from tinylora.kernels.frozen import FrozenLinear
+from tinylora.model.cache import KVCache
 from tinylora.model.config import GROUPS, ModelConfig, module_name
-from tinylora.model.decoder import Decoder, KVCache, Layer
-from tinylora.rl.slots import Sampling, Slots
+from tinylora.model.decoder import Decoder, Layer
 
 SLOTS = 64
 NO_KERNEL = {"empty", "new_empty", "empty_strided", "empty_like", "detach", "lift_fresh"}  # memory alone

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import tinylora
 from tinylora import InputError, TinyLoRAConfig, load_adapter, load_model
-from tinylora.adapter import Adapter
-from tinylora.layers import TinyLoRALinear, _Matrices
+from tinylora.adapter.attached import TinyLoRALinear, _Matrices
+from tinylora.adapter.on_decoder import Adapter
 
 KINDS = list(TARGETS)
 

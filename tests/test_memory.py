@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from bench.measure import peak_extra_bytes
-from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.engine.memory import cache_bytes, free_bytes
+from tinylora.engine.slots import Kept
 from tinylora.errors import InputError
 from tinylora.kernels.token_logprobs import token_logprobs
-from tinylora.model import load_model
-from tinylora.model.decoder import KVCache
-from tinylora.rl.memory import activation_bytes, cache_bytes, free_bytes, plan_memory
-from tinylora.rl.slots import Kept
+from tinylora.model.cache import KVCache
+from tinylora.model.loader import load_model
+from tinylora.rl.memory import activation_bytes, plan_memory
 
 
 @pytest.fixture

@@ -7,15 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinylora.adapter import Adapter, TinyLoRAConfig
-from tinylora.adapter_files import load_adapter
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.engine.rollout import Completion
 from tinylora.errors import InputError
-from tinylora.model import load_model
+from tinylora.loading import load_adapter
+from tinylora.model.loader import load_model
 from tinylora.rl.baselines import LORA_ALPHA, Baseline, decoder_tensors
 from tinylora.rl.config import TrainConfig, preset
 from tinylora.rl.memory import MemoryPlan
 from tinylora.rl.plan import trained_numbers
-from tinylora.rl.rollout import Completion
 from tinylora.rl.sft import sft_update, solution
 from tinylora.rl.trainer import Trainer
 
@@ -112,9 +113,9 @@ def test_sft_of_the_adapter_is_the_merged_models(tiny_model):
     def theirs(dtype: torch.dtype) -> tuple:
         network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
         weights, v = dict(network.named_parameters()), adapter.v.detach().to(dtype, copy=True).requires_grad_()
-        for name, g in adapter.group_of.items():
-            a, b = (x.to(dtype) for x in adapter.factors[name])
-            m = torch.einsum("u,uij->ij", v[g], adapter.projections[name].to(dtype))
+        for name, g in adapter.parts.group_of.items():
+            a, b = (x.to(dtype) for x in adapter.parts.factors[name])
+            m = torch.einsum("u,uij->ij", v[g], adapter.parts.projections[name].to(dtype))
             weights[f"{name}.weight"] = weights[f"{name}.weight"].detach() + b @ m @ a
         loss = hf_loss(lambda **k: functional_call(network, weights, kwargs=k))
         loss.backward()
@@ -143,8 +144,8 @@ def test_lora_xs_is_a_trained_core(tiny_model, tmp_path):
         adapter.v += torch.randn(adapter.v.shape, generator=torch.Generator().manual_seed(0))
     x, layer = torch.randn(5, 32), model.layers[1].o
     name = "model.layers.1.self_attn.o_proj"
-    core = adapter.v.detach()[adapter.group_of[name]].view(2, 2)
-    a, b = adapter.factors[name]
+    core = adapter.v.detach()[adapter.parts.group_of[name]].view(2, 2)
+    a, b = adapter.parts.factors[name]
     m = adapter.matrices()[5]
     assert m is not None
     want = F.linear(x.double(), layer.weight.double() + b.double() @ core.double() @ a.double())

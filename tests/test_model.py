@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
 from tinylora.demo.problems import BUILTIN_MODELS, problems
+from tinylora.engine.rollout import Sampling, rollout
+from tinylora.engine.text import Text
 from tinylora.errors import InputError
-from tinylora.model import load_model
-from tinylora.rl.rollout import Sampling, rollout
-from tinylora.rl.text import Text
+from tinylora.model.loader import load_model
 
 LLAMA31 = {
     "rope_type": "llama3",

@@ -11,7 +11,9 @@ import pytest
 import torch
 from test_csrc import planted
 
-from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.engine.rollout import Completion
 from tinylora.errors import BuildError
 from tinylora.kernels import dispatch, native
 from tinylora.kernels.attention import Packing, packed_attention, packed_attention_ref
@@ -21,7 +23,6 @@ from tinylora.kernels.rope import Heads, _forward_op, rope_native, rope_plain
 from tinylora.kernels.self_check import NATIVE_CHECKS, rms, verdict
 from tinylora.kernels.shrink import shrink, shrink_native
 from tinylora.model.loader import load_model
-from tinylora.rl.rollout import Completion
 from tinylora.rl.update import score
 
 CPU = torch.device("cpu")

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tinylora
-from tinylora import InputError, TinyLoRAConfig, load_adapter, load_model, peft_format
-from tinylora.adapter import Base
-from tinylora.layers import base_of
+from tinylora import InputError, TinyLoRAConfig, load_adapter, load_model
+from tinylora.adapter import peft as peft_format
+from tinylora.adapter.attached import base_of
+from tinylora.adapter.on_decoder import base_of_decoder
 
 KINDS = list(TARGETS)
 # Of logits of order 1 to 10 in fp32, from other orders of the same sums. On a bf16 base one bit of an activation is 100 times
@@ -266,4 +267,4 @@ def test_a_decoder_is_untouched_too(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not those of base"):
         load_adapter(DATA / "qwen2", decoder)
     assert all(g.A is None for layer in decoder.layers for g in layer.groups) and torch.equal(decoder.logits(IDS), before)
-    assert Base.of_decoder(decoder).weights.keys() == base_of(foreign_model("qwen2")).weights.keys() - {"lm_head"}
+    assert base_of_decoder(decoder).weights.keys() == base_of(foreign_model("qwen2")).weights.keys() - {"lm_head"}

@@ -11,18 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.engine.memory import room_bytes
+from tinylora.engine.rollout import Completion, Sampling, Usage, rollout
+from tinylora.engine.slots import WIDE, Slots, buckets, head, side_stream
 from tinylora.errors import InputError
 from tinylora.kernels.products import CHAIN
 from tinylora.kernels.rope import rope
 from tinylora.kernels.row_triton import arguments
 from tinylora.kernels.self_check import rms
 from tinylora.kernels.token_logprobs import token_logprobs
-from tinylora.model import load_model
-from tinylora.model.decoder import KVCache
-from tinylora.rl.memory import room_bytes
-from tinylora.rl.rollout import Completion, Sampling, Usage, rollout
-from tinylora.rl.slots import WIDE, Slots, buckets, head, side_stream
+from tinylora.model.cache import KVCache
+from tinylora.model.loader import load_model
 from tinylora.rl.update import score
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15, 16], [20, 21]]
@@ -183,7 +184,7 @@ def test_a_large_vocabulary(tiny_model):
 def test_a_wide_hidden_state_is_not_onednns(monkeypatch):
     """Where a logit sums so many numbers that oneDNN's error may pass twice MKL's, the head is `F.linear`."""
     calls = []
-    monkeypatch.setattr("tinylora.rl.slots.onednn_linear", lambda x, w: calls.append(len(w)) or F.linear(x, w))
+    monkeypatch.setattr("tinylora.engine.slots.onednn_linear", lambda x, w: calls.append(len(w)) or F.linear(x, w))
     for width, called in ((CHAIN, [WIDE]), (CHAIN + 1, [])):
         hidden, weight = torch.zeros(8, width), torch.zeros(WIDE, width)
         assert head(hidden, SimpleNamespace(head=weight, capacity=None)).shape == (8, WIDE)
@@ -213,7 +214,7 @@ def keeping() -> Iterator[list[Slots]]:
     """Slots are kept as on a GPU. A capture is noted and captures nothing: each step then runs as on a CPU."""
     captured: list[Slots] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinylora.rl.rollout.keeps_slots", lambda model: True)
+        patch.setattr("tinylora.engine.rollout.keeps_slots", lambda model: True)
         patch.setattr(Slots, "capture", lambda self, sizes, pool: captured.append(self))
         yield captured
 
@@ -249,9 +250,9 @@ def test_evaluations_between_steps_capture_nothing(adapted):
 def test_kept_slots_are_dropped(adapted, monkeypatch):
     """The oldest where there are too many; all of them where their room grows, or other factors come."""
     model, adapter, matrices = adapted
-    monkeypatch.setattr("tinylora.rl.rollout.MOST_KEPT", 2)
+    monkeypatch.setattr("tinylora.engine.rollout.MOST_KEPT", 2)
 
-    monkeypatch.setattr("tinylora.rl.memory.cache_bytes", lambda model, least: room_bytes(model))  # as on a GPU
+    monkeypatch.setattr("tinylora.engine.memory.cache_bytes", lambda model, least: room_bytes(model))  # as on a GPU
 
     def run(length: int, tokens: int = 400) -> None:
         options = {"page_size": 4} if tokens == 0 else room(model, tokens)
@@ -276,7 +277,7 @@ def test_kept_slots_are_dropped(adapted, monkeypatch):
         assert lengths() == [10, 13] and len(captured) == 4
         run(10, 800)
         assert lengths() == [10] and len(captured) == 5
-        model.pack_factors(adapter.factors)
+        model.pack_factors(adapter.parts.factors)
         assert lengths() == []
 
 

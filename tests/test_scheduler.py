@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from tinylora.engine.scheduler import Pages, Scheduler
 from tinylora.errors import InputError
-from tinylora.rl.scheduler import Pages, Scheduler
 
 
 def play(s: Scheduler, lengths: list[int], burst: int, check: bool = True) -> tuple[list[int], int]:

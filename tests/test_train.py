@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from tinylora import evaluate, train
-from tinylora.adapter_files import load_adapter
 from tinylora.errors import InputError
-from tinylora.model import load_model
+from tinylora.loading import load_adapter
+from tinylora.model.loader import load_model
 from tinylora.rl import step as step_module
 from tinylora.rl.grader_pool import GraderPool
 from tinylora.rl.rewards import random_rewards

@@ -6,15 +6,16 @@ import weakref
 import pytest
 import torch
 
-from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.engine.rollout import Completion
 from tinylora.errors import InputError
 from tinylora.kernels.token_logprobs import token_logprobs
-from tinylora.model import load_model
+from tinylora.model.loader import load_model
 from tinylora.rl import update as update_module
 from tinylora.rl.advantages import compute_advantages
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.memory import MemoryPlan
-from tinylora.rl.rollout import Completion
 from tinylora.rl.update import Batch, _descended, update
 
 GENERATIONS, CAP = 4, 12

@@ -9,23 +9,24 @@ from typing import Any, Literal
 import torch
 
 import tinylora
-from tinylora.adapter import Adapter, base_hash
-from tinylora.adapter_files import load_adapter
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.adapter.parts import base_hash
 from tinylora.cli import run_command, table
 from tinylora.demo.problems import BUILTIN_MODELS
+from tinylora.engine.rollout import Sampling
+from tinylora.engine.text import Text, fitting_rows
 from tinylora.errors import InputError
 from tinylora.files import write_text
 from tinylora.kernels import dispatch
-from tinylora.model import load_model
+from tinylora.loading import load_adapter
 from tinylora.model.decoder import Decoder
-from tinylora.model.loader import resolve_model
+from tinylora.model.loader import load_model, resolve_model
 from tinylora.rl.config import BUILTIN_PRESET, flag
 from tinylora.rl.evaluation import EVAL_SEED
 from tinylora.rl.grader_pool import GraderPool
 from tinylora.rl.grading import GRADER_VERSION, Verdict
 from tinylora.rl.prompts import PromptStyle
 from tinylora.rl.rewards import Grader
-from tinylora.rl.rollout import Sampling
 from tinylora.rl.run_directory import v_at_step
 from tinylora.rl.sample_cache import Answer, digest, judge, sample
 from tinylora.rl.statistics import (
@@ -38,7 +39,6 @@ from tinylora.rl.statistics import (
     wilson,
 )
 from tinylora.rl.tasks import Row, load_task
-from tinylora.rl.text import Text, fitting_rows
 
 EXTRACTORS = ("strict", "flexible")
 
@@ -210,7 +210,7 @@ def about_adapter(adapter: Adapter) -> dict[str, Any]:
     """What an adapter's answers depend on, itself included."""
     v = adapter.stored_v().detach().flatten().tolist()
     config = adapter.config
-    return {"v": v, "P": adapter.projection_hash, "r": config.r, "basis": config.basis, "groups": adapter.group_of}
+    return {"v": v, "P": adapter.parts.projection_hash, "r": config.r, "basis": config.basis, "groups": adapter.parts.group_of}
 
 
 def answer(
@@ -226,7 +226,7 @@ def answer(
     """Greedy and sampled answers and their verdicts, from the cache where they are there."""
     prompts = [text.prompt(row["prompt"]) for row in rows]
     about = {
-        "base": base_hash(model),
+        "base": base_hash(model.digests),
         "adapter": None if adapter is None else about_adapter(adapter),
         "dtype": str(model.dtype),
         "device": model.device.type if model.device.type == "cpu" else torch.cuda.get_device_name(model.device),
@@ -279,7 +279,7 @@ def main(arguments: list[str]) -> int:
         adapter.load_v(v.view_as(adapter.v))
     results: dict[str, Any] = {
         "model": c.model,
-        "base_model_hash": base_hash(model),
+        "base_model_hash": base_hash(model.digests),
         "num_parameters": adapter.num_parameters if adapter else 0,
         "settings": {k: v for k, v in vars(c).items() if k not in ("output_dir", "show_prompt")},
         "versions": {"tinylora": tinylora.__version__, "torch": torch.__version__, "grader": GRADER_VERSION},

@@ -5,17 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from tinylora.adapter import Adapter
-from tinylora.adapter_files import load_adapter
 from tinylora.cli import run_command
+from tinylora.engine.generate import generate
+from tinylora.engine.rollout import Sampling
+from tinylora.engine.text import Text
 from tinylora.errors import InputError
-from tinylora.model import load_model
-from tinylora.model.decoder import Decoder
-from tinylora.rl.rollout import Completion, Sampling, rollout
-from tinylora.rl.text import Text
+from tinylora.loading import load_adapter
+from tinylora.model.loader import load_model
 
 
 @dataclass(frozen=True)
@@ -49,33 +45,6 @@ class GenerateConfig:
     """cpu, cuda, or auto."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the frozen model; auto: the checkpoint's on CUDA, float32 on a CPU."""
-
-
-def generate(
-    model: Decoder,
-    prompts: list[list[int]],  # token ids
-    adapters: list[Adapter] | None = None,  # none, one for all prompts, or one each; all of one shape, on `model`
-    sampling: Sampling | None = None,
-    generations: int = 1,
-    **options: object,  # of `rollout`: slots, cache_bytes, watch, ...
-) -> list[Completion]:
-    """`generations` completions of each prompt, prompt after prompt; prompts with different adapters share every batch.
-
-    InputError where adapters and prompts do not match, or the adapters differ in anything but v.
-    """
-    adapters = adapters or []
-    if len(adapters) not in (0, 1, len(prompts)):
-        raise InputError(f"{len(adapters)} adapters for {len(prompts)} prompts; give none, one, or one for each prompt")
-    distinct = list(dict.fromkeys(adapters))
-    if any(a.model is not model or a.projection_hash != distinct[0].projection_hash for a in distinct):
-        raise InputError("adapters of one batch must be on the same model and differ in v alone: rank, tying and P are shared")
-    matrices: list[Tensor | None] | None = None
-    owner = None
-    if distinct:
-        with torch.no_grad():
-            matrices = distinct[0].matrices(torch.stack([a.stored_v() for a in distinct]))
-        owner = [distinct.index(a) for a in (adapters * len(prompts) if len(adapters) == 1 else adapters)]
-    return rollout(model, matrices, prompts, generations, sampling or Sampling(512, 0.0), row_adapter=owner, **options)  # type: ignore[arg-type]
 
 
 class Printer:

@@ -214,16 +214,16 @@ def answers(path: Path, settings: Row) -> str:
 
 def greedy_answers(path: Path, settings: Row) -> list[tuple[str, str, list[tuple[str, bool]]]]:
     """(question, gold answer, (text, right) of base and trained). InputError where the base or the adapter is not at hand."""
-    from tinylora.adapter import Adapter  # this and the rest load torch, which no other part of a report needs
-    from tinylora.adapter_files import load_adapter
+    from tinylora.adapter.on_decoder import Adapter  # this and the rest load torch, which no other part of a report needs
     from tinylora.demo.problems import BUILTIN_MODELS
+    from tinylora.engine.text import Text, fitting_rows
     from tinylora.evaluate import EvaluateConfig, answer
-    from tinylora.model import load_model
+    from tinylora.loading import load_adapter
     from tinylora.model.decoder import Decoder
+    from tinylora.model.loader import load_model
     from tinylora.rl.grader_pool import GraderPool
     from tinylora.rl.rewards import Grader
     from tinylora.rl.tasks import load_task
-    from tinylora.rl.text import Text, fitting_rows
 
     base, data, method = settings["model"], settings["dataset"], settings.get("method")
     if base not in BUILTIN_MODELS and not Path(base).is_dir():

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinylora.adapter import Adapter, TinyLoRAConfig
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.engine.rollout import Sampling, rollout
 from tinylora.kernels.token_logprobs import token_logprobs
-from tinylora.model import load_model
-from tinylora.rl.rollout import Sampling, rollout
+from tinylora.model.loader import load_model
 
 LENGTHS = [5, 3, 1]
 TOKENS = torch.randint(96, (9,), generator=torch.Generator().manual_seed(3))

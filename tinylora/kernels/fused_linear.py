@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tinylora.kernels.launch import INTERPRETED, launch, tl, triton
 
@@ -226,6 +225,8 @@ def _run_pointers(
 def _run_tma(
     x: Tensor, z: Tensor | None, weight: Tensor, Bt: Tensor | None, bias: Tensor | None, y: Tensor, options: dict[str, int]
 ) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     (T, K), N, transposed = x.shape, len(weight), weight.stride(0) == 1
     z_, b = (x, x) if z is None or Bt is None else (z, Bt)
     t, n, k = (options[f"BLOCK_{axis}"] for axis in "TNK")

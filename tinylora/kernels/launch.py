@@ -14,8 +14,10 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton = SimpleNamespace(jit=lambda function: function, __version__=None)  # type: ignore[assignment]
-    tl = SimpleNamespace(constexpr=None)  # type: ignore[assignment]
+    triton = SimpleNamespace(jit=lambda function: function, __version__=None)
+    tl = SimpleNamespace(constexpr=None)
+
+__all__ = ["INTERPRETED", "compiled", "launch", "tl", "triton"]
 
 compiled: list[Any] = []  # what launches on meta tensors have compiled, newest last
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run as numpy on a CPU

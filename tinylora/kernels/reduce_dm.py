@@ -141,14 +141,14 @@ class _Reduced(torch.autograd.Function):
     """The matrices as they are; their gradient is one reduction over the s and t of all linears, when the last s is there."""
 
     @staticmethod
-    def forward(ctx, s, t, lengths, sequence_adapter, *matrices):  # type: ignore[no-untyped-def]
+    def forward(ctx, s, t, lengths, sequence_adapter, *matrices):
         ctx.s, ctx.t, ctx.lengths, ctx.sequence_adapter = s, t, lengths, sequence_adapter
         ctx.shapes = [m.shape for m in matrices]
         ctx.set_materialize_grads(False)  # none of them gets a gradient of its own
         return tuple(m.view_as(m) for m in matrices)
 
     @staticmethod
-    def backward(ctx, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx, *_):
         adapters, _, r, _ = ctx.shapes[0]
         dM = reduce_dm(ctx.s, ctx.t, ctx.lengths, adapters, ctx.sequence_adapter, r)
         return (None, None, None, None, *dM.split([shape[1] for shape in ctx.shapes], 1))

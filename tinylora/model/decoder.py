@@ -118,9 +118,9 @@ class Decoder:
                 if any(s is not None for s in segments):
                     group.pack(segments, [self.config.shape(n)[0] for n in names], self.narrow)
 
-    def segments(self) -> list[int]:
+    def segments(self, r: int) -> list[int]:
         """How many segments of rank r the factors packed beside each fused linear have, padding included; 0: none are."""
-        return [0 if group.A is None else len(group.A) // self.rank for layer in self.layers for group in layer.groups]
+        return [0 if group.A is None else len(group.A) // r for layer in self.layers for group in layer.groups]
 
     def zero_matrices(self) -> Matrices | None:
         """M = 0 (1, segments, r, r) for every group that holds factors; None where none does. On a GPU, where no segments are

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tinylora.adapter import TinyLoRAConfig
+from tinylora.adapter.config import TinyLoRAConfig
 from tinylora.demo.problems import BUILTIN_MODELS
 from tinylora.errors import InputError
 from tinylora.model.config import PROJECTIONS

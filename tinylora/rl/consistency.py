@@ -10,11 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
-from tinylora.adapter import Adapter
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.engine.rollout import Sampling, rollout
 from tinylora.errors import InputError
 from tinylora.kernels.products import NARROW
-from tinylora.rl.rollout import rollout
-from tinylora.rl.slots import Sampling
 from tinylora.rl.update import score
 
 LIMIT = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # nats a token, on average

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tinylora import prng
-from tinylora.adapter import Adapter
+from tinylora.adapter.on_decoder import Adapter
 from tinylora.model.decoder import Matrices
 from tinylora.rl.step import Clock, dead_groups, draw, finish, length_metrics, reward_metrics, roll_out, stacked
 from tinylora.rl.tasks import Row

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinylora.cli import table
+from tinylora.engine.rollout import Sampling, rollout
+from tinylora.engine.text import Text
 from tinylora.model.decoder import Decoder, Matrices
 from tinylora.rl.rewards import Grader
-from tinylora.rl.rollout import Sampling, rollout
 from tinylora.rl.statistics import paired_difference, standard_error
 from tinylora.rl.tasks import Row
-from tinylora.rl.text import Text
 
 EVAL_SEED = 1 << 32  # sampling streams of evaluations, away from training's
 

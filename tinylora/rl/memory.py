@@ -8,16 +8,14 @@ A frozen linear keeps t alone; the rest is what norms, attention and SwiGLU need
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
+from tinylora.engine.memory import free_bytes
+from tinylora.engine.slots import MOST_SLOTS
 from tinylora.errors import InputError
-from tinylora.model.decoder import Decoder, KVCache
-from tinylora.rl.slots import MOST_SLOTS
+from tinylora.model.cache import KVCache
+from tinylora.model.decoder import Decoder
 
 TOKENS = {"cpu": 4096, "cuda": 16384}  # of a microbatch, where memory allows: more make no product faster
-MOST_CACHE = {"cpu": 4 << 30, "cuda": 24 << 30}  # bytes of keys and values, unless the caller says
 SHARE = 0.9  # of free memory that is planned for
 
 
@@ -45,35 +43,6 @@ class MemoryPlan:
     @property
     def activations(self) -> int:
         return self.per_token * self.microbatch_tokens
-
-
-def free_bytes(model: Decoder) -> int:
-    """What this process may still allocate on the model's device; on a GPU with the room of its cache, which is used again."""
-    device = model.device
-    if device.type == "cuda":
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reusable + room_bytes(model)
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return 8 << 30
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
-
-
-def room_bytes(model: Decoder) -> int:
-    """Of the cache that a rollout left behind."""
-    room = None if model.kept is None else model.kept.room
-    return 0 if room is None else room.numel() * room.element_size()
-
-
-def cache_bytes(model: Decoder, least: int) -> int:
-    """For keys and values, where nobody says. On a GPU the room that is there already, so that graphs over it stay, if `least`
-    bytes fit; otherwise half of what is free, as prefill and logits want some too."""
-    most = MOST_CACHE[model.device.type]
-    if model.device.type == "cpu":  # where only what is written takes memory
-        return most
-    room = room_bytes(model)
-    return room if room >= least else min(most, free_bytes(model) // 2)
 
 
 def activation_bytes(model: Decoder) -> int:

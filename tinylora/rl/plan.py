@@ -7,14 +7,14 @@ measured on one with plain library calls), with every completion as long as it m
 import math
 from pathlib import Path
 
+from tinylora.engine.text import Text
+from tinylora.model.cache import KVCache
 from tinylora.model.config import PROJECTIONS, ModelConfig
-from tinylora.model.decoder import KVCache
 from tinylora.model.loader import resolve_model
 from tinylora.rl.config import LEARNING_RATES, TrainConfig
 from tinylora.rl.prompts import messages
 from tinylora.rl.rewards import CONTROLS
 from tinylora.rl.tasks import KNOWN, Row, load_task
-from tinylora.rl.text import Text
 
 FLOPS, BANDWIDTH = 770e12, 4.3e12  # of an H200
 PROMPT_TOKENS = 200  # of a prompt, where there is no tokenizer to ask

@@ -12,13 +12,13 @@ from typing import Any
 import xxhash
 from tqdm import tqdm
 
+from tinylora.engine.rollout import Sampling, rollout
+from tinylora.engine.text import Text
 from tinylora.files import cache_dir
 from tinylora.model.decoder import Decoder, Matrices
 from tinylora.rl.grading import GRADER_VERSION, Verdict
 from tinylora.rl.rewards import Grader
-from tinylora.rl.rollout import Sampling, rollout
 from tinylora.rl.tasks import Row
-from tinylora.rl.text import Text
 
 CHUNK = 512  # completions generated between two writes
 

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinylora.engine.rollout import Completion
+from tinylora.engine.text import Text
 from tinylora.errors import InputError
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.rl.baselines import Baseline
 from tinylora.rl.memory import MemoryPlan
-from tinylora.rl.rollout import Completion
 from tinylora.rl.step import Clock, Share, draw, finish, length_metrics, reward_metrics, roll_out
 from tinylora.rl.tasks import Row
-from tinylora.rl.text import Text
 from tinylora.rl.update import Policy, accumulate, hidden_states
 
 if TYPE_CHECKING:

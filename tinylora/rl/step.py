@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tinylora.engine.rollout import Completion, rollout
 from tinylora.model.decoder import Matrices
 from tinylora.rl.advantages import Advantages, compute_advantages
 from tinylora.rl.consistency import require_same_policy
 from tinylora.rl.grading import Verdict
 from tinylora.rl.rewards import call_reward, random_rewards
-from tinylora.rl.rollout import Completion, rollout
 from tinylora.rl.tasks import Row
 from tinylora.rl.update import Batch, update
 

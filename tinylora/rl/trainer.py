@@ -20,12 +20,15 @@ from tqdm import tqdm
 
 import tinylora
 from tinylora import prng
-from tinylora.adapter import Adapter, base_hash
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.adapter.parts import base_hash
 from tinylora.demo.problems import BUILTIN_MODELS
+from tinylora.engine.rollout import Sampling
+from tinylora.engine.text import Text, fitting_rows
 from tinylora.errors import InputError
 from tinylora.files import write_text
-from tinylora.model import load_model
 from tinylora.model.decoder import Decoder, Matrices
+from tinylora.model.loader import load_model
 from tinylora.rl.baselines import Baseline
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.consistency import fix_capacity
@@ -36,10 +39,8 @@ from tinylora.rl.memory import plan_memory
 from tinylora.rl.rewards import CONTROLS, Grader, load_reward
 from tinylora.rl.run_directory import V_IN_METRICS, RunDirectory, is_step
 from tinylora.rl.sft import sft_step, solution
-from tinylora.rl.slots import Sampling
 from tinylora.rl.step import grpo_step
 from tinylora.rl.tasks import Row, load_task
-from tinylora.rl.text import Text, fitting_rows
 from tinylora.rl.update import Policy
 
 ORDER_STREAM = 0x0D3  # names the stream of the prompts' order
@@ -93,7 +94,7 @@ class Trainer:
             "settings": dataclasses.asdict(config),
             "num_parameters": self.policy.num_parameters,
             "max_steps": self.max_steps,
-            "base_model_hash": base_hash(self.model),
+            "base_model_hash": base_hash(self.model.digests),
             "versions": {"tinylora": tinylora.__version__, "torch": torch.__version__},
         }
         self.run_directory = RunDirectory(Path(config.output_dir or f"runs/{name}"), about, config.resume)

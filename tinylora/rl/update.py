@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tinylora.adapter import Adapter
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.engine.rollout import Completion
 from tinylora.errors import InputError
 from tinylora.kernels.linear import fp32_sums
 from tinylora.kernels.token_logprobs import token_logprobs
@@ -27,7 +28,6 @@ from tinylora.rl.baselines import Baseline
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.loss import grpo_loss, token_weights
 from tinylora.rl.memory import MemoryPlan
-from tinylora.rl.rollout import Completion
 
 
 @dataclass

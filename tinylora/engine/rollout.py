@@ -13,15 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tinylora.engine import memory
+from tinylora.engine.scheduler import Running, Scheduler
+from tinylora.engine.slots import MOST_SLOTS, Kept, Sampling, Slots, buckets
 from tinylora.errors import InputError
 from tinylora.kernels import native
 from tinylora.kernels.linear import fp32_sums
 from tinylora.kernels.products import NARROW
 from tinylora.kernels.sampling import uniforms
-from tinylora.model.decoder import Decoder, KVCache, Matrices
-from tinylora.rl import memory
-from tinylora.rl.scheduler import Running, Scheduler
-from tinylora.rl.slots import MOST_SLOTS, Kept, Sampling, Slots, buckets
+from tinylora.model.cache import KVCache
+from tinylora.model.decoder import Decoder, Matrices
 
 MOST_KEPT = 8  # slots with their graphs: training's and, sampled and greedy, those of evaluations at two lengths are five
 PAGE = 64  # positions in a page on a GPU

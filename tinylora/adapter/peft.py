@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinylora.adapter import Base, Parts, TinyLoRAConfig
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.parts import Base, Parts
 from tinylora.errors import InputError
 from tinylora.files import write_safetensors, write_text
 

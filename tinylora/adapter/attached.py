@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tinylora.adapter import Base, Parts, TinyLoRAConfig, draw_parts, stored
-from tinylora.adapter_files import read_adapter, save_adapter
+from tinylora.adapter.config import TinyLoRAConfig, stored
+from tinylora.adapter.files import read_adapter, save_adapter
+from tinylora.adapter.parts import Base, Parts, draw_parts
 from tinylora.errors import InputError
 from tinylora.files import content_hash
 from tinylora.kernels import dispatch

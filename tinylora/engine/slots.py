@@ -22,7 +22,8 @@ from tinylora.kernels import dispatch
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.products import CHAIN, NARROW, onednn_linear
 from tinylora.kernels.sampling import sample
-from tinylora.model.decoder import Decoder, KVCache, Matrices
+from tinylora.model.cache import KVCache
+from tinylora.model.decoder import Decoder, Matrices
 
 WIDE = 4096  # tokens of a large vocabulary
 MOST_SLOTS = {"cpu": 2048, "cuda": 256}  # beyond these a step's time grows as fast as its tokens

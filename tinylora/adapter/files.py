@@ -3,27 +3,24 @@
     adapter_config.json          the config, and hashes of base and P
     adapter_model.safetensors    v, sketches of A and B, and the config again in its header
 
-PEFT's directories are `peft_format`'s; docs/formats.md says what is in the files.
+PEFT's directories are `peft`'s; docs/formats.md says what is in the files.
 """
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tinylora import peft_format
-from tinylora.adapter import DTYPES, Adapter, Base, Parts, TinyLoRAConfig, base_hash, draw_parts
+from tinylora.adapter import peft
+from tinylora.adapter.config import DTYPES, TinyLoRAConfig
+from tinylora.adapter.parts import Base, Parts, base_hash, draw_parts
 from tinylora.errors import InputError
 from tinylora.files import write_safetensors, write_text
-from tinylora.model.decoder import Decoder
-
-if TYPE_CHECKING:
-    from tinylora.layers import AttachedAdapter
 
 FORMAT_VERSION = 1
 SKETCH = 16  # entries kept of each row of A and column of B
@@ -38,7 +35,7 @@ def about(config: TinyLoRAConfig, parts: Parts, v: Tensor, base: Base) -> dict[s
         **dataclasses.asdict(config),
         "projection_seed": config.p_seed,
         "base_model_name_or_path": base.name,
-        "base_model_hash": base_hash(base),
+        "base_model_hash": base_hash(base.digests),
         "projection_hash": parts.projection_hash,
         "num_parameters": v.numel(),
     }
@@ -47,7 +44,7 @@ def about(config: TinyLoRAConfig, parts: Parts, v: Tensor, base: Base) -> dict[s
 def save_adapter(directory: Path, config: TinyLoRAConfig, parts: Parts, v: Tensor, base: Base) -> None:
     """Write an adapter in the format it has: ours where everything but v can be drawn again, else PEFT's."""
     if parts.peft is not None:
-        peft_format.write(directory, parts, v, base)
+        peft.write(directory, parts, v, base)
         return
     described = about(config, parts, v, base)
     tensors = {"v": v.detach().to("cpu", DTYPES[config.param_dtype]).contiguous()}
@@ -74,30 +71,10 @@ def save_tiny(path: Path, config: TinyLoRAConfig, parts: Parts, v: Tensor, base:
     return payload.nbytes
 
 
-@overload
-def load_adapter(directory: str | Path, model: Decoder) -> Adapter: ...
-@overload
-def load_adapter(directory: str | Path, model: torch.nn.Module, name: str = "default") -> "AttachedAdapter": ...
-
-
-def load_adapter(directory: str | Path, model: Decoder | torch.nn.Module, name: str = "default") -> "Adapter | AttachedAdapter":
-    """Load a saved adapter onto the base it was trained on: an `Adapter` on a Decoder, attached layers on any other model.
-
-    `directory` is an adapter's, a run's (its adapter/), PEFT's of a TINYLORA adapter, or a file of `export --to tiny`.
-    `name` is the adapter's among several on an attached model. InputError where it is missing, broken, of another base, or
-    where P or the factors come out differently here; the model is then as it was.
-    """
-    path = Path(directory)
-    if not (path / "adapter_config.json").exists() and (path / "adapter").is_dir():
-        path = path / "adapter"
-    if isinstance(model, Decoder):
-        config, parts, v = read_adapter(path, Base.of_decoder(model))
-        adapter = Adapter(model, config, parts)
-        adapter.load_v(v)
-        return adapter
-    from tinylora import layers  # it knows this module
-
-    return layers.load(path, model, name)
+def adapter_path(adapter: str | Path) -> Path:
+    """An adapter's directory or file, also from a run's directory."""
+    path = Path(adapter)
+    return path / "adapter" if not (path / "adapter_config.json").exists() and (path / "adapter").is_dir() else path
 
 
 def read_adapter(path: Path, base: Base) -> tuple[TinyLoRAConfig, Parts, Tensor]:
@@ -121,7 +98,7 @@ def read_adapter(path: Path, base: Base) -> tuple[TinyLoRAConfig, Parts, Tensor]
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"--adapter {path} cannot be read: {error}") from None
     if isinstance(described, dict) and "peft_type" in described:
-        return peft_format.read(path, described, tensors, base)
+        return peft.read(path, described, tensors, base)
     return _read_own(path, described, tensors, base)
 
 
@@ -145,7 +122,7 @@ def _read_own(path: Path, described: Any, tensors: dict[str, Tensor], base: Base
         modules = sum(any(m == n or m.endswith(f".{n}") for n in config.target_modules) for m in base.weights)
         raise InputError(
             f"--adapter {path} was trained on {described['base_model_name_or_path']} (weights {described['base_model_hash']}, "
-            f"{described['modules']} modules); this model is {base.name} (weights {base_hash(base)}, "
+            f"{described['modules']} modules); this model is {base.name} (weights {base_hash(base.digests)}, "
             f"{modules} modules). Give the base it was trained on."
         )
     parts = draw_parts(config, base)
