@@ -31,9 +31,9 @@ from tinylora.model.loader import load_model
 from tinylora.rl import step as step_module
 from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
 from tinylora.rl.memory import plan_memory
-from tinylora.rl.tasks import load_task
 from tinylora.rl.trainer import Trainer
 from tinylora.rl.update import deterministic, hidden_states
+from tinylora.tasks.sets import load_task
 
 
 def card(run: Run) -> None:

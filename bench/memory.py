@@ -40,7 +40,7 @@ def held(device: str) -> float:
 
 
 def rows(count: int) -> list[dict[str, Any]]:
-    from tinylora.demo import problems
+    from tinylora.tasks import builtin as problems
 
     text = [row["question"] for row in problems.rows("train", 8 * count)]
     return [{"question": " ".join(text[8 * i : 8 * i + 8]), "answer": "#### 1"} for i in range(count)]

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from tinylora.adapter.config import TinyLoRAConfig
 from tinylora.adapter.on_decoder import Adapter, base_of_decoder
 from tinylora.adapter.parts import Parts, projection_of
-from tinylora.demo.problems import BUILTIN
 from tinylora.model.config import ModelConfig
 from tinylora.model.decoder import Decoder
 from tinylora.model.loader import build_decoder
+from tinylora.tasks.builtin import BUILTIN
 
 SHAPES = {  # hidden, intermediate, layers, heads, kv_heads, vocabulary, tied head
     "tiny": (128, 320, 2, 4, 2, 1000, False),

@@ -36,7 +36,7 @@ from tinylora.engine.text import Text
 from tinylora.model.cache import KVCache
 from tinylora.model.decoder import Decoder
 from tinylora.model.loader import load_model
-from tinylora.rl.tasks import load_task
+from tinylora.tasks.sets import load_task
 
 
 def peer(path: Path, dtype: torch.dtype, device: str) -> Any:

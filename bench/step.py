@@ -25,8 +25,8 @@ import torch
 from bench.measure import Rounds, card, gemm_rate, print_json, quantiles
 from tinylora.cli import table
 from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
-from tinylora.rl.rewards import accuracy_reward
 from tinylora.rl.trainer import Trainer
+from tinylora.tasks.grading import grade
 
 PROMPTS, GENERATIONS, LENGTH = 16, 8, 40
 
@@ -46,12 +46,12 @@ def peers(ours: Trainer, directory: Path, steps: int, on_round: Any) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == ours.policy.num_parameters, trained
     rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in ours.train_rows[: PROMPTS * (steps + 1)]]
-    reward = accuracy_reward("strict")
     lengths: list[float] = []
 
     def accuracy(completions: list[Any], completion_ids: list[Any], answer: list[str], **_: Any) -> list[float | None]:
         lengths.append(statistics.mean(map(len, completion_ids)))
-        return reward(completions=completions, answer=answer)
+        texts = [c[0]["content"] for c in completions]
+        return [float(grade(text, gold, "hash").right["strict"]) for text, gold in zip(texts, answer, strict=True)]
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         began = 0.0

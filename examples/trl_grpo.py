@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 import tinylora
-from tinylora.demo.problems import BUILTIN, rows
+from tinylora.tasks.builtin import BUILTIN, rows
 
 
 def right_answer(completions: list[Any], answer: list[str], **_: Any) -> list[float]:

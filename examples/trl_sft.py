@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 import tinylora
-from tinylora.demo.problems import BUILTIN, rows
+from tinylora.tasks.builtin import BUILTIN, rows
 
 
 def main(arguments: list[str] | None = None) -> tinylora.AttachedAdapter:

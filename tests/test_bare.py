@@ -16,7 +16,7 @@ from bench import gpu
 
 ROOT = Path(__file__).parent.parent
 MISSING = ("tyro", "math_verify", "datasets", "trl")
-SCRIPTS = ("tinylora/rl/grader_worker.py",)  # not imported: a process of its own, and of graders that need math-verify
+SCRIPTS = ("tinylora/tasks/grader_worker.py",)  # not imported: a process of its own, and of graders that need math-verify
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for folder in ("tinylora", "bench")

@@ -19,10 +19,10 @@ from tinylora.adapter.config import TinyLoRAConfig
 from tinylora.adapter.on_decoder import Adapter
 from tinylora.engine.rollout import Sampling, rollout
 from tinylora.errors import InputError
+from tinylora.evaluation import answers as sample_cache
 from tinylora.model.loader import load_model
-from tinylora.rl import sample_cache
-from tinylora.rl.grading import Verdict
-from tinylora.rl.rewards import Grader
+from tinylora.tasks.grader import Grader
+from tinylora.tasks.grading import Verdict
 
 ROOT = Path(__file__).parent.parent
 FILES = ("results.json", "samples.jsonl")
@@ -151,7 +151,7 @@ def test_another_v_or_version_or_backend_is_another_key(adapter: Path, monkeypat
     run(*flags)
     assert sum(calls) == 4 * 8
     calls.clear()
-    monkeypatch.setenv("TINYLORA_BACKEND", "reference")
+    monkeypatch.setenv("TINYLORA_BACKEND", "addmm")
     run(*flags)
     assert sum(calls) == 4 * 8
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tinylora
-from tinylora.demo.problems import BUILTIN
+from tinylora.tasks.builtin import BUILTIN
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from equivalences import CASES
 
-from tinylora.rl import grading
-from tinylora.rl.grading import extract_boxed, grade, same_answer
-from tinylora.rl.tasks import Row, load_task
+from tinylora.tasks import grading
+from tinylora.tasks.grading import extract_boxed, grade, same_answer
+from tinylora.tasks.sets import Row, load_task
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from tinylora.adapter.config import TinyLoRAConfig
 from tinylora.adapter.on_decoder import Adapter
-from tinylora.demo.problems import BUILTIN_MODELS, problems
 from tinylora.engine.rollout import Sampling, rollout
 from tinylora.engine.text import Text
 from tinylora.errors import InputError
 from tinylora.model.loader import load_model
+from tinylora.tasks.builtin import BUILTIN_MODELS, problems
 
 LLAMA31 = {
     "rope_type": "llama3",

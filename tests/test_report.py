@@ -18,8 +18,8 @@ from PIL import Image
 
 from tinylora import report, train
 from tinylora.errors import InputError
+from tinylora.evaluation.statistics import wilson
 from tinylora.rl import figures
-from tinylora.rl.statistics import wilson
 
 # accuracies of three seeds, by number of trained numbers
 SEEDS = {

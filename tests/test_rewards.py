@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tinylora.errors import InputError
-from tinylora.rl.grading import extract_flexible, extract_strict, same_number
-from tinylora.rl.rewards import accuracy_reward, call_reward, load_reward
+from tinylora.rl.rewards import call_reward, load_reward
+from tinylora.tasks.grading import extract_flexible, extract_strict, grade, same_number
 
 GSM8K = Path(__file__).parent.parent.parent / "shared" / "data" / "gsm8k"
 ROWS = {"train": 7473, "test": 1319}
@@ -107,13 +107,15 @@ def messages(texts: list[str]) -> list[list[dict[str, str]]]:
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
-def test_accuracy_reward_is_one_or_zero() -> None:
+def right(texts: list[str], gold: list[str], extractor: str) -> list[bool]:
+    return [grade(text, answer, "hash").right[extractor] for text, answer in zip(texts, gold, strict=True)]
+
+
+def test_an_answer_is_right_or_wrong() -> None:
     texts, gold = ["#### 72", "72", "#### 72.0", "none", "#### 7\n72"], ["72"] * 5
-    assert accuracy_reward("strict")(completions=messages(texts), answer=gold) == [1.0, 0.0, 1.0, 0.0, 0.0]
-    assert accuracy_reward("flexible")(completions=messages(texts), answer=gold) == [1.0, 1.0, 1.0, 0.0, 1.0]
-    # each with its own gold answer, and TRL's other columns ignored
-    found = accuracy_reward("strict")(completions=messages(["#### 1", "#### 1"]), answer=["1", "2"], prompts=[], extra=[3, 4])
-    assert found == [1.0, 0.0]
+    assert right(texts, gold, "strict") == [True, False, True, False, False]
+    assert right(texts, gold, "flexible") == [True, True, True, False, True]
+    assert right(["#### 1", "#### 1"], ["1", "2"], "strict") == [True, False]
 
 
 @pytest.fixture(params=ROWS)
@@ -130,7 +132,7 @@ def gsm8k(request: pytest.FixtureRequest) -> list[str]:
 def test_every_gsm8k_answer_is_right_against_itself(extractor: str, gsm8k: list[str]) -> None:
     """The gold number is read here by splitting, not by the code under test."""
     gold = [text.rpartition("####")[2].strip().replace(",", "") for text in gsm8k]
-    assert accuracy_reward(extractor)(completions=messages(gsm8k), answer=gold) == [1.0] * len(gold)
+    assert all(right(gsm8k, gold, extractor))
 
 
 @pytest.mark.parametrize("extractor", ["strict", "flexible"])
@@ -138,11 +140,9 @@ def test_every_gsm8k_answer_is_wrong_with_its_number_plus_one(extractor: str, gs
     parts = [text.rpartition("#### ") for text in gsm8k]
     gold = [number.replace(",", "") for *_, number in parts]
     changed = [f"{before}{mark}{Decimal(g) + 1:,}" for (before, mark, _), g in zip(parts, gold, strict=True)]
-    assert accuracy_reward(extractor)(completions=messages(changed), answer=gold) == [0.0] * len(gold)
+    assert not any(right(changed, gold, extractor))
     # the changed text is graded, not refused as a whole
-    assert accuracy_reward(extractor)(completions=messages(changed), answer=[str(Decimal(g) + 1) for g in gold]) == [1.0] * len(
-        gold
-    )
+    assert all(right(changed, [str(Decimal(g) + 1) for g in gold], extractor))
 
 
 def test_reward_gets_the_columns_and_none_becomes_nan() -> None:

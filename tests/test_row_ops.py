@@ -147,7 +147,7 @@ def test_row_op(name, adapters):
     assert (errors[0].sqrt() <= 2 * errors[1].sqrt()).all(), errors.sqrt()
 
 
-@pytest.mark.parametrize("backend", ["reference", "addmm", "native", "padded"])
+@pytest.mark.parametrize("backend", ["addmm", "native", "padded"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("r", [2, 8])
 def test_linear(backend, bias, r, monkeypatch):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from tinylora.rl.statistics import (
+from tinylora.evaluation.statistics import (
     Z80,
     Z95,
     bootstrap,

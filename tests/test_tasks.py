@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tinylora.errors import InputError
-from tinylora.rl.prompts import GSM8K_HASH, QWEN_BOXED
-from tinylora.rl.tasks import KNOWN, load_task
+from tinylora.tasks.prompts import GSM8K_HASH, QWEN_BOXED
+from tinylora.tasks.sets import KNOWN, load_task
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 

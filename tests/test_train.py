@@ -19,10 +19,10 @@ from tinylora.errors import InputError
 from tinylora.loading import load_adapter
 from tinylora.model.loader import load_model
 from tinylora.rl import step as step_module
-from tinylora.rl.grader_pool import GraderPool
 from tinylora.rl.rewards import random_rewards
 from tinylora.rl.run_directory import CLOCK_METRICS
 from tinylora.rl.trainer import Trainer
+from tinylora.tasks.grader import GraderPool
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--eval-size", "32", "--prompts-per-step", "4", "--num-generations", "4"]

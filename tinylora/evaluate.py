@@ -1,7 +1,6 @@
 """python -m tinylora.evaluate: score a model, and an adapter beside it, on held-out problems."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,38 +8,22 @@ from typing import Any, Literal
 import torch
 
 import tinylora
-from tinylora.adapter.on_decoder import Adapter
 from tinylora.adapter.parts import base_hash
-from tinylora.cli import run_command, table
-from tinylora.demo.problems import BUILTIN_MODELS
-from tinylora.engine.rollout import Sampling
+from tinylora.cli import run_command
 from tinylora.engine.text import Text, fitting_rows
 from tinylora.errors import InputError
+from tinylora.evaluation.answers import answer
+from tinylora.evaluation.scores import EXTRACTORS, Scored, compare, comparison_table
 from tinylora.files import write_text
-from tinylora.kernels import dispatch
 from tinylora.loading import load_adapter
-from tinylora.model.decoder import Decoder
 from tinylora.model.loader import load_model, resolve_model
 from tinylora.rl.config import BUILTIN_PRESET, flag
-from tinylora.rl.evaluation import EVAL_SEED
-from tinylora.rl.grader_pool import GraderPool
-from tinylora.rl.grading import GRADER_VERSION, Verdict
-from tinylora.rl.prompts import PromptStyle
-from tinylora.rl.rewards import Grader
 from tinylora.rl.run_directory import v_at_step
-from tinylora.rl.sample_cache import Answer, digest, judge, sample
-from tinylora.rl.statistics import (
-    bootstrap,
-    mcnemar,
-    paired_difference,
-    pass_at_k,
-    smallest_difference,
-    standard_error,
-    wilson,
-)
-from tinylora.rl.tasks import Row, load_task
-
-EXTRACTORS = ("strict", "flexible")
+from tinylora.tasks.builtin import BUILTIN_MODELS
+from tinylora.tasks.grader import Grader, GraderPool
+from tinylora.tasks.grading import GRADER_VERSION
+from tinylora.tasks.prompts import PromptStyle
+from tinylora.tasks.sets import Row, load_task
 
 
 @dataclass(frozen=True)
@@ -101,147 +84,7 @@ class EvaluateConfig:
             raise InputError("--adapter-step needs --adapter, the run it is a step of")
 
 
-@dataclass
-class Scored:
-    """One policy's answers to the problems of one task."""
-
-    greedy: list[list[Answer]]  # one answer a problem
-    sampled: list[list[Answer]]  # num_generations answers a problem
-    greedy_verdicts: list[list[Verdict]]
-    sampled_verdicts: list[list[Verdict]]
-
-    def greedy_right(self, extractor: str) -> list[bool]:
-        return [given[0].right[extractor] for given in self.greedy_verdicts]
-
-    def sampled_right(self, extractor: str) -> list[int]:
-        """How many of its sampled answers are right, for each problem."""
-        return [sum(v.right[extractor] for v in given) for given in self.sampled_verdicts]
-
-    def metrics(self, extractor: str) -> dict[str, float | int]:
-        """The names that a training run's evaluation rows have."""
-        n, k = len(self.sampled), len(self.sampled[0])
-        mean = {e: sum(self.sampled_right(e)) / (n * k) for e in EXTRACTORS}
-        shares = [right / k for right in self.sampled_right(extractor)]
-        return {
-            "eval/accuracy": mean[extractor],
-            "eval/accuracy_strict": mean["strict"],
-            "eval/accuracy_flexible": mean["flexible"],
-            "eval/accuracy_greedy": sum(self.greedy_right(extractor)) / n,
-            "eval/stderr": standard_error([s == 1 for s in shares]) if k == 1 else _variance(shares) ** 0.5 / n**0.5,
-            "eval/n": n,
-        }
-
-
-def _variance(values: Sequence[float]) -> float:
-    mean = sum(values) / len(values)
-    return sum((v - mean) ** 2 for v in values) / len(values)
-
-
-# ---- scores and differences ---------------------------------------------------------------------------------------------
-
-
-def score(values: Sequence[int], k: int) -> dict[str, float]:
-    """The accuracy of problems that were right `values` times of k, with its 95 % interval over problems."""
-    n = len(values)
-    low, high = wilson(sum(values), n) if k == 1 else bootstrap([v / k for v in values])
-    return {"accuracy": sum(values) / (n * k), "low": low, "high": high}
-
-
-def difference(before: Sequence[int], after: Sequence[int], k: int) -> dict[str, float]:
-    """after minus before on the same problems, its 95 % interval, and the smallest difference this many would show."""
-    changes = [(a - b) / k for b, a in zip(before, after, strict=True)]
-    found: dict[str, float] = {"gain": sum(changes) / len(changes)}
-    if k == 1:
-        old, new = [bool(b) for b in before], [bool(a) for a in after]
-        _, found["low"], found["high"] = paired_difference(old, new)
-        found["mcnemar_p"] = mcnemar(old, new)
-    else:
-        found["low"], found["high"] = bootstrap(changes)
-    found["smallest_visible"] = smallest_difference(len(changes), _variance(changes))
-    return found
-
-
-def compare(base: Scored, trained: Scored | None) -> dict[str, Any]:
-    """Everything the table and results.json say of one task."""
-    n, k = len(base.sampled), len(base.sampled[0])
-    powers = sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
-    rows: dict[str, Any] = {}
-    for extractor in EXTRACTORS:
-        for name, size, read in (("greedy", 1, Scored.greedy_right), (f"avg@{k}", k, Scored.sampled_right)):
-            old: list[int] = [int(v) for v in read(base, extractor)]
-            row: dict[str, Any] = {"base": score(old, size)}
-            if trained is not None:
-                new = [int(v) for v in read(trained, extractor)]
-                row |= {"trained": score(new, size), "paired": difference(old, new, size)}
-            rows[f"{name}, {extractor}"] = row
-        policies = {"base": base, "trained": trained}
-        for j in powers if k > 1 else ():
-            rows[f"pass@{j}, {extractor}"] = {
-                who: {"accuracy": sum(pass_at_k(v, k, j) for v in scored.sampled_right(extractor)) / n}
-                for who, scored in policies.items()
-                if scored is not None
-            }
-    return rows
-
-
-def report(task: str, n: int, rows: dict[str, Any]) -> str:
-    """The table of one task."""
-    lines = []
-    for name, row in rows.items():
-        cells = [name, *(_interval(row[who]) for who in ("base", "trained") if who in row)]
-        if "trained" in row:
-            pair = row.get("paired")
-            p = "" if pair is None or "mcnemar_p" not in pair else f"{pair['mcnemar_p']:.2g}"
-            gain = "" if pair is None else f"{pair['gain']:+.1%} [{pair['low']:+.1%}, {pair['high']:+.1%}]"
-            cells += [gain, p, "" if pair is None else f"{pair['smallest_visible']:.1%}"]
-        lines.append(cells)
-    trained = ["trained [95 %]", "paired gain [95 %]", "McNemar p", "smallest visible"]
-    return table([f"{task}, {n} problems", "base [95 %]", *(trained if len(lines[0]) > 2 else [])], lines)
-
-
-def _interval(cell: dict[str, float]) -> str:
-    return f"{cell['accuracy']:.1%}" + (f" [{cell['low']:.1%}, {cell['high']:.1%}]" if "low" in cell else "")
-
-
 # ---- the command --------------------------------------------------------------------------------------------------------
-
-
-def about_adapter(adapter: Adapter) -> dict[str, Any]:
-    """What an adapter's answers depend on, itself included."""
-    v = adapter.stored_v().detach().flatten().tolist()
-    config = adapter.config
-    return {"v": v, "P": adapter.parts.projection_hash, "r": config.r, "basis": config.basis, "groups": adapter.parts.group_of}
-
-
-def answer(
-    c: EvaluateConfig,
-    model: Decoder,
-    adapter: Adapter | None,
-    text: Text,
-    rows: list[Row],
-    grader: Grader,
-    length: int,
-    label: str,
-) -> Scored:
-    """Greedy and sampled answers and their verdicts, from the cache where they are there."""
-    prompts = [text.prompt(row["prompt"]) for row in rows]
-    about = {
-        "base": base_hash(model.digests),
-        "adapter": None if adapter is None else about_adapter(adapter),
-        "dtype": str(model.dtype),
-        "device": model.device.type if model.device.type == "cpu" else torch.cuda.get_device_name(model.device),
-        "backend": dispatch.backend(model.device.type),
-        "versions": [tinylora.__version__, torch.__version__],
-        "tokenizer": digest(text.tokenizer.get_vocab()),  # the same ids may read differently
-    }
-    with torch.no_grad():
-        matrices = None if adapter is None else adapter.matrices()
-    seed = EVAL_SEED + c.seed
-    greedy = Sampling(length, 0.0, seed=seed, eos_ids=text.eos_ids)
-    warm = Sampling(length, c.temperature, c.top_p, seed=seed, eos_ids=text.eos_ids)
-    once = sample(model, matrices, text, prompts, 1, greedy, about, f"{label}, greedy")
-    many = sample(model, matrices, text, prompts, c.num_generations, warm, about, f"{label}, sampled")
-    return Scored(once, many, judge(once, rows, grader), judge(many, rows, grader))
 
 
 def samples(task: str, rows: list[Row], text: Text, policies: dict[str, Scored]) -> list[str]:
@@ -299,8 +142,9 @@ def main(arguments: list[str]) -> int:
             print(f"{name}: {dropped} prompts leave no room for {length} tokens and are not used")
         grader = Grader(task.answer_format, None if name == "builtin" else GraderPool())
         try:
-            base = answer(c, model, None, text, fitting, grader, length, f"{name}, base")
-            trained = answer(c, model, adapter, text, fitting, grader, length, f"{name}, trained") if adapter else None
+            kinds = (c.num_generations, c.temperature, c.top_p, c.seed)
+            base = answer(model, None, text, fitting, grader, length, f"{name}, base", *kinds)
+            trained = answer(model, adapter, text, fitting, grader, length, f"{name}, trained", *kinds) if adapter else None
         finally:
             grader.close()
         policies = {"base": base, **({"trained": trained} if trained else {})}
@@ -313,7 +157,7 @@ def main(arguments: list[str]) -> int:
         if failures:
             print(f"{name}: the grader gave up on {failures} completions, which count as wrong")
         comparison = compare(base, trained)
-        print(report(name, len(fitting), comparison) + "\n")
+        print(comparison_table(name, len(fitting), comparison) + "\n")
         metrics = (trained or base).metrics(c.extractor)
         results["tasks"][name] = {
             "n": len(fitting),

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from tinylora.cli import run_command
 from tinylora.errors import InputError
+from tinylora.evaluation.statistics import counts_to_reach, paired_difference, wilson
 from tinylora.files import write_text
 from tinylora.rl.run_directory import Row
-from tinylora.rl.statistics import counts_to_reach, paired_difference, wilson
 
 if TYPE_CHECKING:
     from tinylora.rl.figures import Picture
@@ -215,15 +215,14 @@ def answers(path: Path, settings: Row) -> str:
 def greedy_answers(path: Path, settings: Row) -> list[tuple[str, str, list[tuple[str, bool]]]]:
     """(question, gold answer, (text, right) of base and trained). InputError where the base or the adapter is not at hand."""
     from tinylora.adapter.on_decoder import Adapter  # this and the rest load torch, which no other part of a report needs
-    from tinylora.demo.problems import BUILTIN_MODELS
     from tinylora.engine.text import Text, fitting_rows
-    from tinylora.evaluate import EvaluateConfig, answer
+    from tinylora.evaluation.answers import answer
     from tinylora.loading import load_adapter
     from tinylora.model.decoder import Decoder
     from tinylora.model.loader import load_model
-    from tinylora.rl.grader_pool import GraderPool
-    from tinylora.rl.rewards import Grader
-    from tinylora.rl.tasks import load_task
+    from tinylora.tasks.builtin import BUILTIN_MODELS
+    from tinylora.tasks.grader import Grader, GraderPool
+    from tinylora.tasks.sets import load_task
 
     base, data, method = settings["model"], settings["dataset"], settings.get("method")
     if base not in BUILTIN_MODELS and not Path(base).is_dir():
@@ -245,7 +244,7 @@ def greedy_answers(path: Path, settings: Row) -> list[tuple[str, str, list[tuple
         policies[1] = model, load_adapter(path, model)
     grader = Grader(task.answer_format, None if data == "builtin" else GraderPool())
     try:
-        scored = [answer(EvaluateConfig(), m, adapter, text, rows, grader, length, "answers") for m, adapter in policies]
+        scored = [answer(m, adapter, text, rows, grader, length, "answers") for m, adapter in policies]
     finally:
         grader.close()
     right = [s.greedy_right(settings["extractor"]) for s in scored]

@@ -7,9 +7,9 @@ from typing import Any
 from tinylora.cli import read_settings, run_command, split_flag
 from tinylora.engine.text import Text
 from tinylora.errors import InputError
+from tinylora.evaluation.scores import summary
 from tinylora.model.loader import resolve_model
 from tinylora.rl.config import TrainConfig, preset
-from tinylora.rl.evaluation import summary
 from tinylora.rl.plan import dry_run, first_row
 from tinylora.rl.trainer import Trainer
 

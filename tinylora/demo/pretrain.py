@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from tinylora.demo.problems import CAREFUL_SHARE, NAMES, THINGS, Problem, problems
+from tinylora.tasks.builtin import CAREFUL_SHARE, NAMES, THINGS, Problem, problems
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"

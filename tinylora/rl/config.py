@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tinylora.adapter.config import TinyLoRAConfig
-from tinylora.demo.problems import BUILTIN_MODELS
 from tinylora.errors import InputError
 from tinylora.model.config import PROJECTIONS
-from tinylora.rl.prompts import PromptStyle
-from tinylora.rl.tasks import KNOWN
+from tinylora.tasks.builtin import BUILTIN_MODELS
+from tinylora.tasks.prompts import PromptStyle
+from tinylora.tasks.sets import KNOWN
 
 # The built-in task's recipe: what `python -m tinylora.train` uses where nothing else is said. Everywhere else the defaults
 # below hold: the paper's recipe for 13 numbers on a 7B model.

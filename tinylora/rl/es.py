@@ -16,7 +16,7 @@ from tinylora import prng
 from tinylora.adapter.on_decoder import Adapter
 from tinylora.model.decoder import Matrices
 from tinylora.rl.step import Clock, dead_groups, draw, finish, length_metrics, reward_metrics, roll_out, stacked
-from tinylora.rl.tasks import Row
+from tinylora.tasks.sets import Row
 
 if TYPE_CHECKING:
     from tinylora.rl.trainer import Trainer

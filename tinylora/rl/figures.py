@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
+from tinylora.evaluation.statistics import bootstrap, wilson
 from tinylora.rl.run_directory import Row, is_step
-from tinylora.rl.statistics import bootstrap, wilson
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, DASHES = "os^Dv*P", ("-", "--", ":", "-.")

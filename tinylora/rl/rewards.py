@@ -1,4 +1,4 @@
-"""Rewards: exact match with the gold answer, controls, and anybody's function with TRL's signature.
+"""Rewards beside exact match: controls, and anybody's function with TRL's signature.
 
 A reward function is called once a step with keyword lists, one entry per completion: prompts, completions (each a list with
 one assistant message), completion_ids, and every column of the rows; also trainer_state, log_extra and log_metric. It
@@ -9,16 +9,13 @@ import asyncio
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from tinylora import prng
 from tinylora.errors import InputError
-from tinylora.rl.grader_pool import GraderPool
-from tinylora.rl.grading import Verdict, grade
 
 RewardFunction = Callable[..., list[float | None]]
 
@@ -26,43 +23,9 @@ CONTROLS = ("random", "format-only")  # rewards that know nothing of the answer:
 _RANDOM_STREAM = 0x8A2D  # names the stream of random rewards
 
 
-def accuracy_reward(extractor: str) -> RewardFunction:
-    """The exact-match reward for "#### n" under "strict" or "flexible" extraction: 1.0 or 0.0."""
-
-    def accuracy(completions: list[Any], answer: list[str], **_: Any) -> list[float | None]:
-        texts = [c[0]["content"] for c in completions]
-        return [float(grade(text, gold, "hash").right[extractor]) for text, gold in zip(texts, answer, strict=True)]
-
-    return accuracy
-
-
 def random_rewards(count: int, seed: int, step: int) -> list[float]:
     """A fair coin for each completion of a step: 0.0 or 1.0."""
     return (prng.uniform(prng.fold(_RANDOM_STREAM, seed, step) + torch.arange(count)) < 0.5).double().tolist()
-
-
-class Grader:
-    """Verdicts on completions: in worker processes, or here for rows whose answers are plain numbers after "####"."""
-
-    def __init__(self, answer_format: str, pool: GraderPool | None) -> None:
-        self.answer_format, self.pool = answer_format, pool
-
-    def submit(self, text: str, row: dict[str, Any]) -> "Future[Verdict]":
-        """The verdict to come on a completion of this row."""
-        tolerance = float(row.get("tolerance", 0.0))
-        if self.pool is not None:
-            return self.pool.submit(text, row["answer"], self.answer_format, tolerance)
-        future: Future[Verdict] = Future()
-        future.set_result(grade(text, row["answer"], self.answer_format, tolerance))
-        return future
-
-    def grade(self, texts: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Verdict]:
-        futures = [self.submit(text, row) for text, row in zip(texts, rows, strict=True)]
-        return [future.result() for future in futures]
-
-    def close(self) -> None:
-        if self.pool is not None:
-            self.pool.close()
 
 
 def load_reward(spec: str) -> RewardFunction:

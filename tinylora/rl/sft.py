@@ -21,8 +21,8 @@ from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.rl.baselines import Baseline
 from tinylora.rl.memory import MemoryPlan
 from tinylora.rl.step import Clock, Share, draw, finish, length_metrics, reward_metrics, roll_out
-from tinylora.rl.tasks import Row
 from tinylora.rl.update import Policy, accumulate, hidden_states
+from tinylora.tasks.sets import Row
 
 if TYPE_CHECKING:
     from tinylora.rl.trainer import Trainer

@@ -18,10 +18,10 @@ from tinylora.engine.rollout import Completion, rollout
 from tinylora.model.decoder import Matrices
 from tinylora.rl.advantages import Advantages, compute_advantages
 from tinylora.rl.consistency import require_same_policy
-from tinylora.rl.grading import Verdict
 from tinylora.rl.rewards import call_reward, random_rewards
-from tinylora.rl.tasks import Row
 from tinylora.rl.update import Batch, update
+from tinylora.tasks.grading import Verdict
+from tinylora.tasks.sets import Row
 
 if TYPE_CHECKING:
     from tinylora.rl.trainer import Trainer

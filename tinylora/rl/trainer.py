@@ -22,10 +22,11 @@ import tinylora
 from tinylora import prng
 from tinylora.adapter.on_decoder import Adapter
 from tinylora.adapter.parts import base_hash
-from tinylora.demo.problems import BUILTIN_MODELS
 from tinylora.engine.rollout import Sampling
 from tinylora.engine.text import Text, fitting_rows
 from tinylora.errors import InputError
+from tinylora.evaluation.answers import evaluate
+from tinylora.evaluation.scores import Scores
 from tinylora.files import write_text
 from tinylora.model.decoder import Decoder, Matrices
 from tinylora.model.loader import load_model
@@ -33,15 +34,15 @@ from tinylora.rl.baselines import Baseline
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.consistency import fix_capacity
 from tinylora.rl.es import es_step
-from tinylora.rl.evaluation import Scores, evaluate
-from tinylora.rl.grader_pool import GraderPool
 from tinylora.rl.memory import plan_memory
-from tinylora.rl.rewards import CONTROLS, Grader, load_reward
+from tinylora.rl.rewards import CONTROLS, load_reward
 from tinylora.rl.run_directory import V_IN_METRICS, RunDirectory, is_step
 from tinylora.rl.sft import sft_step, solution
 from tinylora.rl.step import grpo_step
-from tinylora.rl.tasks import Row, load_task
 from tinylora.rl.update import Policy
+from tinylora.tasks.builtin import BUILTIN_MODELS
+from tinylora.tasks.grader import Grader, GraderPool
+from tinylora.tasks.sets import Row, load_task
 
 ORDER_STREAM = 0x0D3  # names the stream of the prompts' order
 VALIDATION = "validation/accuracy"

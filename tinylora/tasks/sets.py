@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinylora.demo import problems
 from tinylora.errors import InputError
-from tinylora.rl.grading import extract_boxed, extract_strict
-from tinylora.rl.prompts import FORMATS, messages
+from tinylora.tasks import builtin as problems
+from tinylora.tasks.grading import extract_boxed, extract_strict
+from tinylora.tasks.prompts import FORMATS, messages
 
 Row = dict[str, Any]  # "prompt": chat messages; "answer": the gold answer as text; plus the data set's own columns
 

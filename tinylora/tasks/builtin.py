@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-BUILTIN = Path(__file__).parent / "base"  # the base model of this task
+BUILTIN = Path(__file__).parent.parent / "demo" / "base"  # the base model of this task
 BUILTIN_MODELS = {"builtin": BUILTIN, "builtin-medium": BUILTIN.with_name("base-medium")}
 NAMES = ("Ann", "Ben", "Cat", "Dan", "Eve", "Fay", "Gus", "Hal")
 THINGS = ("pens", "cups", "nuts", "figs", "eggs", "hats", "toys", "maps")

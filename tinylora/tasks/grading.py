@@ -8,7 +8,7 @@ expressions go to math-verify. An unevaluated candidate (9*2) never equals a gol
 is an expression itself. Units are ignored. Nothing here evaluates text as Python: math-verify's LaTeX grammar is asked alone,
 never its parser of plain expressions.
 
-This file imports neither torch nor the rest of the package: it is what the grader's processes load.
+This file imports neither torch nor the rest of the package: the grader's processes start with it.
 """
 
 import logging

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from tinylora.errors import InputError
-from tinylora.rl.grading import LONGEST_TEXT, Verdict
+from tinylora.tasks.grading import LONGEST_TEXT, Verdict, grade
 
 LIMIT = 1.5  # seconds of wall-clock time for one completion; the slowest gold answer of our sets takes 0.5 against itself
 START_LIMIT = 120.0  # seconds for a process to come up; it imports sympy
@@ -32,15 +32,12 @@ class GraderPool:
 
     def __init__(self, workers: int | None = None, limit: float = LIMIT, command: Sequence[str] | None = None) -> None:
         self.limit = limit
-        # -P: the worker's folder, whose statistics.py is not the standard library's, stays off its path
+        # -P: the worker's folder stays off its path, where a file of it may have the name of a library's
         self.command = list(command or (sys.executable, "-P", str(Path(__file__).with_name("grader_worker.py"))))
         self.most = workers or max(1, min(8, (os.cpu_count() or 2) - 1))
         self.jobs: queue.SimpleQueue[tuple[dict[str, Any], Future[Verdict]] | None] = queue.SimpleQueue()
         self.threads: list[threading.Thread] = []
         self.processes: dict[int, _Process] = {}  # by thread number
-        self.restarts = 0  # processes replaced because they hung or died
-        self.busy_seconds = 0.0  # that processes spent on completions
-        self._lock = threading.Lock()
 
     def submit(self, text: str, gold: str, answer_format: str, tolerance: float = 0.0) -> "Future[Verdict]":
         """The verdict to come. It never raises, except InputError where no process can be started at all."""
@@ -52,11 +49,6 @@ class GraderPool:
             self.threads.append(threading.Thread(target=self._serve, args=(number,), name=f"grader-{number}", daemon=True))
             self.threads[-1].start()
         return future
-
-    def grade(self, jobs: Sequence[tuple[str, str, str, float]]) -> list[Verdict]:
-        """The verdicts of (text, gold, answer_format, tolerance), in order."""
-        futures = [self.submit(*job) for job in jobs]
-        return [future.result() for future in futures]
 
     def close(self) -> None:
         for _ in self.threads:
@@ -92,14 +84,9 @@ class GraderPool:
     def _one(self, number: int, request: str) -> Verdict:
         for _attempt in range(2):  # a process that dies may have been killed from outside: that is not the completion's fault
             process = self._process(number)
-            began = time.perf_counter()
             answer = process.ask(request, self.limit)
-            with self._lock:
-                self.busy_seconds += time.perf_counter() - began
             if answer is not None and answer != "":
                 return Verdict(**json.loads(answer))
-            with self._lock:
-                self.restarts += 1
             self.processes.pop(number).end()
             if answer is None:
                 return _gave_up("timeout")
@@ -160,3 +147,27 @@ class _Process:
             assert pipe is not None
             with contextlib.suppress(OSError):  # what was still to be flushed has no reader
                 pipe.close()
+
+
+class Grader:
+    """Verdicts on completions: in worker processes, or here for rows whose answers are plain numbers after "####"."""
+
+    def __init__(self, answer_format: str, pool: GraderPool | None) -> None:
+        self.answer_format, self.pool = answer_format, pool
+
+    def submit(self, text: str, row: dict[str, Any]) -> "Future[Verdict]":
+        """The verdict to come on a completion of this row."""
+        tolerance = float(row.get("tolerance", 0.0))
+        if self.pool is not None:
+            return self.pool.submit(text, row["answer"], self.answer_format, tolerance)
+        future: Future[Verdict] = Future()
+        future.set_result(grade(text, row["answer"], self.answer_format, tolerance))
+        return future
+
+    def grade(self, texts: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Verdict]:
+        futures = [self.submit(text, row) for text, row in zip(texts, rows, strict=True)]
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.close()

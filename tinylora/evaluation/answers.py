@@ -1,28 +1,34 @@
-"""Completions and verdicts on disk, by everything that they depend on: an evaluation that is cut off goes on, and one that
-is run again generates nothing.
+"""Answers to held-out problems, sampled and greedy: from the engine, or from the cache where they have been given before.
 
-A store is one file of JSON lines, named by a hash of what all its entries share. Lines are appended as they come; one that a
-kill tore is dropped.
+Completions and verdicts lie on disk by everything that they depend on: an evaluation that is cut off goes on, and one that is
+run again generates nothing. A store is one file of JSON lines, named by a hash of what all its entries share. Lines are
+appended as they come; one that a kill tore is dropped.
 """
 
 import json
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import xxhash
 from tqdm import tqdm
 
+import tinylora
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.adapter.parts import base_hash
 from tinylora.engine.rollout import Sampling, rollout
 from tinylora.engine.text import Text
+from tinylora.evaluation.scores import Answer, Scored, Scores
 from tinylora.files import cache_dir
+from tinylora.kernels import dispatch
 from tinylora.model.decoder import Decoder, Matrices
-from tinylora.rl.grading import GRADER_VERSION, Verdict
-from tinylora.rl.rewards import Grader
-from tinylora.rl.tasks import Row
+from tinylora.tasks.grader import Grader
+from tinylora.tasks.grading import GRADER_VERSION, Verdict
+from tinylora.tasks.sets import Row
 
 CHUNK = 512  # completions generated between two writes
 
-Answer = dict[str, Any]  # "completion": text; "tokens": how many; "finished": whether it ended by itself
+EVAL_SEED = 1 << 32  # sampling streams of evaluations, away from training's
 
 
 def digest(*parts: Any) -> str:
@@ -95,3 +101,67 @@ def judge(answers: Sequence[Sequence[Answer]], rows: Sequence[Row], grader: Grad
     verdicts = {key: future.result() for key, future in futures.items()}
     store.add({key: vars(v) for key, v in verdicts.items() if v.failure is None})
     return [[verdicts.get(key) or Verdict(**store.entries[key]) for key in names] for names in keys]
+
+
+def about_adapter(adapter: Adapter) -> dict[str, Any]:
+    """What an adapter's answers depend on, itself included."""
+    v = adapter.stored_v().detach().flatten().tolist()
+    config = adapter.config
+    return {"v": v, "P": adapter.parts.projection_hash, "r": config.r, "basis": config.basis, "groups": adapter.parts.group_of}
+
+
+def answer(
+    model: Decoder,
+    adapter: Adapter | None,
+    text: Text,
+    rows: list[Row],
+    grader: Grader,
+    length: int,
+    label: str,
+    generations: int = 1,  # sampled, of each problem
+    temperature: float = 1.0,  # of these
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Scored:
+    """Greedy and sampled answers and their verdicts, from the cache where they are there."""
+    prompts = [text.prompt(row["prompt"]) for row in rows]
+    about = {
+        "base": base_hash(model.digests),
+        "adapter": None if adapter is None else about_adapter(adapter),
+        "dtype": str(model.dtype),
+        "device": model.device.type if model.device.type == "cpu" else torch.cuda.get_device_name(model.device),
+        "backend": dispatch.backend(model.device.type),
+        "versions": [tinylora.__version__, torch.__version__],
+        "tokenizer": digest(text.tokenizer.get_vocab()),  # the same ids may read differently
+    }
+    with torch.no_grad():
+        matrices = None if adapter is None else adapter.matrices()
+    stream = EVAL_SEED + seed
+    greedy = Sampling(length, 0.0, seed=stream, eos_ids=text.eos_ids)
+    warm = Sampling(length, temperature, top_p, seed=stream, eos_ids=text.eos_ids)
+    once = sample(model, matrices, text, prompts, 1, greedy, about, f"{label}, greedy")
+    many = sample(model, matrices, text, prompts, generations, warm, about, f"{label}, sampled")
+    return Scored(once, many, judge(once, rows, grader), judge(many, rows, grader))
+
+
+def evaluate(
+    model: Decoder,
+    matrices: Matrices | None,
+    text: Text,
+    rows: Sequence[Row],
+    grader: Grader,
+    extractor: str,
+    max_completion_length: int,
+    seed: int,
+    cache_bytes: int | None = None,  # of `rollout`
+) -> Scores:
+    """Answer every row once at temperature 1 and once greedily, under `matrices` (None: the base model)."""
+    prompts = [text.prompt(row["prompt"]) for row in rows]
+
+    def verdicts(temperature: float) -> dict[str, list[bool]]:
+        s = Sampling(max_completion_length, temperature, seed=EVAL_SEED + seed, eos_ids=text.eos_ids)
+        answers = [text.decode(c.tokens) for c in rollout(model, matrices, prompts, 1, s, cache_bytes=cache_bytes)]
+        graded = grader.grade(answers, rows)
+        return {name: [v.right[name] for v in graded] for name in ("strict", "flexible")}
+
+    return Scores(verdicts(1.0), verdicts(0.0), extractor)
