@@ -23,7 +23,8 @@ from bench.measure import Rounds, card, print_json
 from tinylora.cli import table
 from tinylora.engine.rollout import rollout
 from tinylora.rl.config import TrainConfig, preset
-from tinylora.rl.step import draw, grpo_step, stacked
+from tinylora.rl.grpo import grpo_step
+from tinylora.rl.step import draw, stacked
 from tinylora.rl.trainer import Trainer
 
 LEARNING_RATES, SEEDS = (0.003, 0.005, 0.01, 0.02), range(4)
@@ -56,9 +57,9 @@ def main() -> None:
             with torch.no_grad():
                 matrices = stacked([t.policy.matrices() for t in owners])
             prompts = [p for s in shares for p in s.prompts]
-            names = [(s.trainer.config.seed, s.trainer.step * s.count + i) for s in shares for i in range(s.count)]
+            names = [(s.run.config.seed, s.run.step * s.count + i) for s in shares for i in range(s.count)]
             owner = [i % len(owners) for i, s in enumerate(shares) for _ in s.prompts]
-            expected = [s.trainer.expected.get(i, s.trainer.config.max_completion_length) for s in shares for i in s.order]
+            expected = [s.run.expected.get(i, s.run.config.max_completion_length) for s in shares for i in s.order]
             first, n = group[0], group[0].config.num_generations
             rollout(first.model, matrices, prompts, n, first.sampling(), row_adapter=owner, names=names, expected=expected)
 

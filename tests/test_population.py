@@ -8,9 +8,8 @@ import pytest
 
 from tinylora.errors import InputError
 from tinylora.rl.config import TrainConfig, preset
-from tinylora.rl.population import train_population
 from tinylora.rl.run_directory import CLOCK_METRICS
-from tinylora.rl.trainer import Trainer
+from tinylora.rl.trainer import Trainer, train_population
 
 
 def short(algorithm: str) -> TrainConfig:
@@ -56,7 +55,7 @@ def test_a_population_goes_on_where_it_was_stopped(tmp_path):
         trainer = Trainer(config)
         for _ in range(steps):
             trainer.record(trainer._train_step())
-    train_population([replace(c, resume=True) for c in members])
+    train_population(members, [c.output_dir for c in members])
     for i in range(2):
         files = [(tmp_path / f"{kind}{i}" / "adapter" / "adapter_model.safetensors").read_bytes() for kind in "pw"]
         assert files[0] == files[1]

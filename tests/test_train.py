@@ -423,10 +423,13 @@ def test_the_best_adapter_is_chosen_on_held_out_training_rows(tmp_path, monkeypa
     v = next(r["adapter/v"] for r in rows(path) if r["step"] == best and "adapter/v" in r)
     model = load_model("builtin", "cpu")
     assert load_adapter(path / "best", model).v.flatten().tolist() == v
-    trainer = Trainer(train.parse(["--output-dir", str(tmp_path / "other"), *flags]))
-    held_out = {row["question"] for row in trainer.validation_rows}
+    trainer = Trainer(train.parse(["--output-dir", str(tmp_path / "other"), *flags]).config())
+    held_out = {row["question"] for row in trainer.inputs.validation_rows}
     assert len(held_out) == 48 and not held_out & {row["question"] for row in trainer.train_rows}
-    assert {frozenset(s) for s in scored} == {frozenset(held_out), frozenset(row["question"] for row in trainer.test_rows)}
+    assert {frozenset(s) for s in scored} == {
+        frozenset(held_out),
+        frozenset(row["question"] for row in trainer.inputs.test_rows),
+    }
 
 
 def test_the_last_checkpoint_is_not_the_best_where_it_got_worse(tmp_path, monkeypatch):
@@ -468,8 +471,8 @@ RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 def test_every_recipe_has_a_plan_from_config_files_alone(recipe, capsys, monkeypatch):
     """No weights, no tokenizer, no rows: the trained numbers are those of the file's name, and what a step holds adds up."""
     monkeypatch.setattr("tinylora.train.Trainer", None)
-    monkeypatch.setattr("tinylora.rl.plan.resolve_model", None)
-    monkeypatch.setattr("tinylora.rl.plan.load_task", None)
+    monkeypatch.setattr("tinylora.rl.dry_run.resolve_model", None)
+    monkeypatch.setattr("tinylora.rl.dry_run.load_task", None)
     assert train.main(["--config", str(recipe), "--dry-run"]) == 0
     out = capsys.readouterr().out
     numbers = int(recipe.stem.rsplit("-", 1)[1])
@@ -629,7 +632,7 @@ def test_missing_chat_template(tmp_path, capsys, tiny_model):
 
 def test_trainer_writes_nothing_before_everything_is_checked(tmp_path, monkeypatch):
     """The last thing construction does is to start the run's directory."""
-    monkeypatch.setattr(Trainer, "_fitting", lambda self, rows, kind: [])
+    monkeypatch.setattr("tinylora.rl.trainer.fitting_rows", lambda rows, *_: ([], []))
     with pytest.raises(InputError, match="usable prompts"):
         run("--output-dir", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -10,6 +10,11 @@ from typing import Any, NoReturn
 from tinylora.errors import InputError
 
 
+def flag(name: str) -> str:
+    """The command-line spelling of a setting."""
+    return "--" + name.replace("_", "-")
+
+
 def split_flag(arguments: Sequence[str], name: str) -> tuple[str | None, list[str]]:
     """The value of --name (or --name=value) if it is there, and the other arguments."""
     rest, value, remaining = [], None, iter(arguments)

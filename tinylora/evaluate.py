@@ -9,7 +9,7 @@ import torch
 
 import tinylora
 from tinylora.adapter.parts import base_hash
-from tinylora.cli import run_command
+from tinylora.cli import flag, run_command
 from tinylora.engine.text import Text, fitting_rows
 from tinylora.errors import InputError
 from tinylora.evaluation.answers import answer
@@ -17,7 +17,7 @@ from tinylora.evaluation.scores import EXTRACTORS, Scored, compare, comparison_t
 from tinylora.files import write_text
 from tinylora.loading import load_adapter
 from tinylora.model.loader import load_model, resolve_model
-from tinylora.rl.config import BUILTIN_PRESET, flag
+from tinylora.rl.config import BUILTIN_PRESET
 from tinylora.rl.run_directory import v_at_step
 from tinylora.tasks.builtin import BUILTIN_MODELS
 from tinylora.tasks.grader import Grader, GraderPool

@@ -32,16 +32,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from tinylora.cli import run_command, table
+from tinylora.cli import flag, run_command, table
 from tinylora.errors import InputError
 from tinylora.files import write_text
-from tinylora.rl.config import TrainConfig, flag, preset
+from tinylora.rl.config import TrainConfig, preset
 from tinylora.rl.run_directory import changed_settings, is_step
 
 CHOICE_SEED = 1000  # of the runs that choose settings: away from those that are reported
 CHOICE_RUNS = 2
 TOP = {"title", "question", "seeds", "x", "x_label", "settings", "arms", "quick"}
-SETTINGS = {f.name for f in fields(TrainConfig)} - {"output_dir", "resume", "seed", "projection_seed"}
+SETTINGS = {f.name for f in fields(TrainConfig)} - {"output_dir", "seed", "projection_seed"}
 
 
 @dataclass
@@ -136,17 +136,17 @@ def run_job(jobs: list[TrainConfig], threads: int) -> None:
     """Train these runs, together where they can be; one that was begun goes on, one that is finished is left."""
     import torch
 
-    from tinylora.rl.population import train_population
-    from tinylora.rl.trainer import Trainer
+    from tinylora.rl.trainer import Trainer, train_population
 
     torch.set_num_threads(threads)
-    missing = [_resumed(c) for c in jobs if not finished(c)]
+    missing = [c for c in jobs if not finished(c)]
+    begun = [c.output_dir for c in missing if _begun(c)]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         if len(missing) > 1 and missing[0].method in ("tinylora", "lora_xs"):
-            train_population(missing)
+            train_population(missing, begun)
         else:
             for each in missing:
-                Trainer(each).train()
+                Trainer(each, resume=each.output_dir in begun).train()
 
 
 def finished(c: TrainConfig) -> bool:
@@ -164,12 +164,13 @@ def finished(c: TrainConfig) -> bool:
     return last in {row["step"] for row in rows if "eval/n" in row or "validation/n" in row}
 
 
-def _resumed(c: TrainConfig) -> TrainConfig:
+def _begun(c: TrainConfig) -> bool:
+    """Whether the run can go on; what was killed before its first checkpoint is cleared away."""
     path = Path(c.output_dir or "")
     if (path / "config.json").exists() and (path / "checkpoint").is_dir():
-        return replace(c, resume=True)
-    shutil.rmtree(path, ignore_errors=True)  # killed before its first checkpoint
-    return c
+        return True
+    shutil.rmtree(path, ignore_errors=True)
+    return False
 
 
 def run_all(groups: Sequence[list[TrainConfig]], processes: int, what: str) -> None:

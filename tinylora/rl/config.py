@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.cli import flag
 from tinylora.errors import InputError
 from tinylora.model.config import PROJECTIONS
 from tinylora.tasks.builtin import BUILTIN_MODELS
@@ -26,6 +27,8 @@ BUILTIN_PRESET: dict[str, Any] = {
     "scale_rewards": "batch",
 }
 
+GONE = ("show_prompt", "dry_run", "resume")  # settings in the config.json of older versions: now flags of the command alone
+
 # Where nothing is said: full at a tenth of LoRA's rate (Schulman et al. 2025); on the built-in base larger ones.
 LEARNING_RATES = {"lora": 1e-5, "full": 1e-6}
 BUILTIN_LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
@@ -47,9 +50,7 @@ def preset(model: str = "builtin", method: str = "tinylora", algorithm: str = "g
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a handful of numbers on a frozen model by GRPO. With no flags: 13 numbers on the built-in base, about a minute on
-    a CPU. A step's batch is --prompts-per-step PROMPTS times --num-generations completions (TRL counts completions).
-    --config FILE.toml gives settings by these names; flags win over it."""
+    """The settings of a run, as its config.json has them. InputError for those that cannot be."""
 
     model: str = "builtin"
     """Hugging Face directory or hub id of a Qwen2/2.5, Qwen3 or Llama 3.x model; "builtin" and "builtin-medium"
@@ -60,10 +61,6 @@ class TrainConfig:
     """Local rows for the task: a JSONL or parquet file, a folder with train and test of either, or a save_to_disk folder."""
     prompt_style: PromptStyle = "auto"
     """How a question is asked: qwen-boxed, gsm8k-hash or plain. auto: gsm8k-hash for gsm8k, qwen-boxed for the others."""
-    show_prompt: bool = False
-    """Print the first prompt as the model gets it, and stop."""
-    dry_run: bool = False
-    """Print the plan of this run from the model's config.json alone, and stop."""
     reward: str | None = None
     """Your own reward function, "package.module:function", with TRL's signature. Default: exact match of the answer.
     Controls: "random" is a fair coin, "format-only" pays for any answer in the format asked for."""
@@ -163,8 +160,6 @@ class TrainConfig:
     """Seed of the random projections P. The draw of P moves results by several points: report several."""
     output_dir: str | None = None
     """Where the run goes; default: runs/MODEL-DATE-TIME."""
-    resume: bool = False
-    """Continue the run in --output-dir, bit for bit. Its settings are the defaults then."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -237,8 +232,3 @@ class TrainConfig:
             param_dtype=self.param_dtype,
             basis=self.basis,
         )
-
-
-def flag(name: str) -> str:
-    """The command-line spelling of a setting."""
-    return "--" + name.replace("_", "-")

@@ -7,7 +7,6 @@ There are no log-probs to compare, no activations and no autograd: a step is a r
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,11 +14,9 @@ from torch import Tensor
 from tinylora import prng
 from tinylora.adapter.on_decoder import Adapter
 from tinylora.model.decoder import Matrices
+from tinylora.rl.run import Run
 from tinylora.rl.step import Clock, dead_groups, draw, finish, length_metrics, reward_metrics, roll_out, stacked
 from tinylora.tasks.sets import Row
-
-if TYPE_CHECKING:
-    from tinylora.rl.trainer import Trainer
 
 NOISE_STREAM = 0xE5  # names the stream of eps
 
@@ -31,22 +28,22 @@ def noise(v: Tensor, rows: int, seed: int, step: int) -> Tensor:
 
 
 @torch.no_grad()
-def es_step(trainers: Sequence["Trainer"]) -> list[Row]:
+def es_step(runs: Sequence[Run]) -> list[Row]:
     """One step of each run; returns their metrics rows."""
-    clock, shares = Clock(), draw(trainers)
+    clock, shares = Clock(), draw(runs)
     eps: list[Tensor] = []
     each: list[Matrices] = []
     for s in shares:
-        adapter = s.trainer.policy
+        adapter = s.run.policy
         assert isinstance(adapter, Adapter)
-        eps.append(noise(adapter.v, s.count, s.trainer.config.seed, s.trainer.step))
-        each.append(adapter.matrices(adapter.v + s.trainer.config.sigma * eps[-1]))
+        eps.append(noise(adapter.v, s.count, s.run.config.seed, s.run.step))
+        each.append(adapter.matrices(adapter.v + s.run.config.sigma * eps[-1]))
     roll_out(shares, stacked(each), clock, own_rows=True)
     rows = []
     for s, e in zip(shares, eps, strict=True):
-        adapter, advantages = s.trainer.policy, s.advantages
+        adapter, advantages = s.run.policy, s.advantages
         assert isinstance(adapter, Adapter)
-        adapter.v.grad = -torch.einsum("i,igu->gu", advantages.values.to(e), e) / (len(e) * s.trainer.config.sigma)
-        rows.append({**s.trainer.descend(), **reward_metrics(s), **dead_groups(advantages), **length_metrics(s)})
+        adapter.v.grad = -torch.einsum("i,igu->gu", advantages.values.to(e), e) / (len(e) * s.run.config.sigma)
+        rows.append({**s.run.descend(), **reward_metrics(s), **dead_groups(advantages), **length_metrics(s)})
     clock.mark()
     return [finish(s, clock, row) for s, row in zip(shares, rows, strict=True)]

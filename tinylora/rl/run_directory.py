@@ -18,7 +18,7 @@ from tinylora.files import PARTIAL, write_safetensors, write_text
 # The only metrics that two runs of the same settings may differ in.
 CLOCK_METRICS = ("step_time", "rollout_time", "reward_time", "update_time", "tokens_per_second", "rollout_tokens_per_second")
 # Settings that may change when a run goes on; none of them touches the result.
-FREE_SETTINGS = ("resume", "output_dir", "save_steps", "logging_steps")
+FREE_SETTINGS = ("output_dir", "save_steps", "logging_steps")
 V_IN_METRICS = 1024  # trained numbers up to which each step's v is in its metrics row; above, in a file of its own
 
 Row = dict[str, Any]

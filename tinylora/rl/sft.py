@@ -8,7 +8,6 @@ built-in task's solutions in another style.
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +19,10 @@ from tinylora.errors import InputError
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.rl.baselines import Baseline
 from tinylora.rl.memory import MemoryPlan
+from tinylora.rl.run import Run
 from tinylora.rl.step import Clock, Share, draw, finish, length_metrics, reward_metrics, roll_out
 from tinylora.rl.update import Policy, accumulate, hidden_states
 from tinylora.tasks.sets import Row
-
-if TYPE_CHECKING:
-    from tinylora.rl.trainer import Trainer
 
 CHUNK = 1024  # tokens whose logits are in memory for the accuracy
 
@@ -40,9 +37,9 @@ def solution(row: Row, text: Text, source: str) -> Completion:
     return Completion([*tokens, text.tokenizer.eos_token_id], [], True)
 
 
-def sft_step(trainers: Sequence["Trainer"]) -> list[Row]:
+def sft_step(runs: Sequence[Run]) -> list[Row]:
     """One step of each run; returns their metrics rows."""
-    c, clock, shares = trainers[0].config, Clock(), draw(trainers)
+    c, clock, shares = runs[0].config, Clock(), draw(runs)
     if c.sft_data == "own":
         roll_out(shares, None, clock)
         chosen = [[i for i, r in enumerate(s.rewards.tolist()) if r > 0] for s in shares]
@@ -50,11 +47,11 @@ def sft_step(trainers: Sequence["Trainer"]) -> list[Row]:
             ([s.repeated()[i] for i in own], [s.completions[i] for i in own]) for s, own in zip(shares, chosen, strict=True)
         ]
     else:
-        data = [(s.prompts, [solution(row, s.trainer.text, c.sft_data) for row in s.rows]) for s in shares]
+        data = [(s.prompts, [solution(row, s.run.text, c.sft_data) for row in s.rows]) for s in shares]
         clock.mark()
         clock.mark()
     rows = []
-    for t, own in zip(trainers, data, strict=True):
+    for t, own in zip(runs, data, strict=True):
         t.optimizer.zero_grad(set_to_none=True)
         rows.append({**sft_update(t.policy, *own, t.plan), **t.descend()})
     clock.mark()

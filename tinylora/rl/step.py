@@ -1,4 +1,4 @@
-"""A step of training, for one run or for several that share the base: prompts, rollout, rewards, then GRPO's update.
+"""What a step of every algorithm does, for one run or for several that share the base: prompts, rollout, rewards, metrics.
 
 Runs of a population go through one rollout together, one adapter a row: small batches waste decode steps. What each samples
 depends on its own seed and sequence numbers, and each is updated by itself, so it becomes what it would become alone.
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,21 +17,17 @@ from torch import Tensor
 from tinylora.engine.rollout import Completion, rollout
 from tinylora.model.decoder import Matrices
 from tinylora.rl.advantages import Advantages, compute_advantages
-from tinylora.rl.consistency import require_same_policy
 from tinylora.rl.rewards import call_reward, random_rewards
-from tinylora.rl.update import Batch, update
+from tinylora.rl.run import Run
 from tinylora.tasks.grading import Verdict
 from tinylora.tasks.sets import Row
-
-if TYPE_CHECKING:
-    from tinylora.rl.trainer import Trainer
 
 
 @dataclass
 class Share:
     """One run's part of a step."""
 
-    trainer: "Trainer"
+    run: Run
     order: list[int]  # its prompts among the training rows
     rows: list[Row]
     prompts: list[list[int]]
@@ -43,24 +39,24 @@ class Share:
 
     @property
     def count(self) -> int:
-        return len(self.prompts) * self.trainer.config.num_generations
+        return len(self.prompts) * self.run.config.num_generations
 
     def take(self, i: int, completion: Completion) -> None:
         """Read completion i, and send it to be graded: not to processes that the user's own reward does not ask."""
-        self.answers[i] = self.trainer.text.decode(completion.tokens)
-        grader = self.trainer.grader
-        if grader is not None and (self.trainer.reward is None or grader.pool is None):
-            row = self.rows[i // self.trainer.config.num_generations]
+        self.answers[i] = self.run.text.decode(completion.tokens)
+        grader = self.run.grader
+        if grader is not None and (self.run.reward is None or grader.pool is None):
+            row = self.rows[i // self.run.config.num_generations]
             self.verdicts[i] = grader.submit(self.answers[i], row)
 
     @property
     def advantages(self) -> Advantages:
-        c = self.trainer.config
+        c = self.run.config
         return compute_advantages(self.rewards, c.num_generations, c.scale_rewards)
 
     def repeated(self) -> list[list[int]]:
         """The prompt of every completion."""
-        return [p for p in self.prompts for _ in range(self.trainer.config.num_generations)]
+        return [p for p in self.prompts for _ in range(self.run.config.num_generations)]
 
 
 class Clock:
@@ -84,10 +80,10 @@ class Clock:
         }
 
 
-def draw(trainers: Sequence["Trainer"]) -> list[Share]:
+def draw(runs: Sequence[Run]) -> list[Share]:
     """The step's prompts of each run."""
     shares = []
-    for t in trainers:
+    for t in runs:
         order = t.prompt_order()
         rows = [t.train_rows[i] for i in order]
         shares.append(Share(t, order, rows, [t.text.prompt(row["prompt"]) for row in rows]))
@@ -97,7 +93,7 @@ def draw(trainers: Sequence["Trainer"]) -> list[Share]:
 def roll_out(shares: Sequence[Share], matrices: Matrices | None, clock: Clock, own_rows: bool = False) -> None:
     """Completions and rewards of each share, in one rollout. matrices hold an adapter for each share, or with `own_rows` for
     each completion: their prompts are then prefilled once each."""
-    first = shares[0].trainer
+    first = shares[0].run
     c = first.config
     starts = [0]
     for s in shares:
@@ -117,16 +113,16 @@ def roll_out(shares: Sequence[Share], matrices: Matrices | None, clock: Clock, o
         1 if own_rows else c.num_generations,
         first.sampling(),
         row_adapter=list(range(starts[-1])) if own_rows else [n for n, s in enumerate(shares) for _ in s.prompts],
-        names=[(s.trainer.config.seed, s.trainer.step * s.count + i) for s in shares for i in range(s.count)],
-        cache_bytes=min(sum(s.trainer.plan.cache for s in shares), max(first.plan.cache, first.plan.free // 2)),
-        expected=[s.trainer.expected.get(i, new) for s in shares for i in s.order for _ in range(repeat)],
+        names=[(s.run.config.seed, s.run.step * s.count + i) for s in shares for i in range(s.count)],
+        cache_bytes=min(sum(s.run.plan.cache for s in shares), max(first.plan.cache, first.plan.free // 2)),
+        expected=[s.run.expected.get(i, new) for s in shares for i in s.order for _ in range(repeat)],
         on_completion=early,
     )
     for n, s in enumerate(shares):
         s.completions = completions[starts[n] : starts[n + 1]]
         for i, row_number in enumerate(s.order):
             own = s.completions[i * c.num_generations : (i + 1) * c.num_generations]
-            s.trainer.expected[row_number] = sum(len(x.tokens) for x in own) / len(own)
+            s.run.expected[row_number] = sum(len(x.tokens) for x in own) / len(own)
     clock.mark()
     for s in shares:
         for i, completion in enumerate(s.completions):
@@ -134,36 +130,6 @@ def roll_out(shares: Sequence[Share], matrices: Matrices | None, clock: Clock, o
                 s.take(i, completion)
         s.rewards = _rewards(s)
     clock.mark()
-
-
-def grpo_step(trainers: Sequence["Trainer"]) -> list[Row]:
-    """One step of each run; returns their metrics rows."""
-    clock, shares = Clock(), draw(trainers)
-    with torch.no_grad():
-        matrices = stacked([t.policy.matrices() for t in trainers])
-    roll_out(shares, matrices, clock)
-    advantages = [s.advantages for s in shares]
-    batches = [Batch(s.repeated(), s.completions, a) for s, a in zip(shares, advantages, strict=True)]
-    first = [_descend(s.trainer, b) for s, b in zip(shares, batches, strict=True)]
-    clock.mark()
-    return [
-        finish(s, clock, {**m, **reward_metrics(s), **dead_groups(a), **length_metrics(s)})
-        for s, m, a in zip(shares, first, advantages, strict=True)
-    ]
-
-
-def _descend(t: "Trainer", batch: Batch) -> Row:
-    """A run's optimizer steps on its batch; the metrics of the first."""
-    first: Row = {}
-    for iteration in range(t.config.num_iterations):
-        t.optimizer.zero_grad(set_to_none=True)
-        metrics = update(t.policy, batch, t.config, t.plan)
-        if iteration == 0:
-            mean, largest = (metrics[f"sampling/sampling_logp_difference/{x}"] for x in ("mean", "max"))
-            require_same_policy(mean, largest, t.model.dtype, t.config.exact, t.step + 1)
-        norm = t.descend()
-        first = first or {**metrics, **norm}
-    return first
 
 
 def stacked(each: Sequence[Matrices | None]) -> Matrices | None:
@@ -180,9 +146,9 @@ def stacked(each: Sequence[Matrices | None]) -> Matrices | None:
 def finish(s: Share, clock: Clock, metrics: Row, trained_tokens: int = 0) -> Row:
     """The step's row; the run's counters move on. `trained_tokens`: prompts and solutions, where nothing was sampled."""
     sampled = sum(len(x.tokens) for x in s.completions)
-    prompts = sum(map(len, s.prompts)) * s.trainer.config.num_generations
+    prompts = sum(map(len, s.prompts)) * s.run.config.num_generations
     tokens = sampled + prompts if s.completions else trained_tokens
-    head, adapter = s.trainer.advance(tokens)
+    head, adapter = s.run.advance(tokens)
     return {**head, **metrics, **adapter, **clock.metrics(tokens, sampled)}
 
 
@@ -196,7 +162,7 @@ def dead_groups(a: Advantages) -> Row:
 
 def reward_metrics(s: Share) -> Row:
     mean, std = _number(s.rewards.nanmean()), _number(s.rewards[~s.rewards.isnan()].std())
-    name = s.trainer.reward_name
+    name = s.run.reward_name
     return {"reward": mean, "reward_std": std, f"rewards/{name}/mean": mean, f"rewards/{name}/std": std}
 
 
@@ -223,7 +189,7 @@ def _number(x: Tensor) -> float | None:
 
 def _rewards(s: Share) -> Tensor:
     """(completions,) float64, NaN where the function said None; what it and the exact match log goes into `extra`."""
-    c, extra = s.trainer.config, s.extra
+    c, extra = s.run.config, s.extra
     verdicts = [s.verdicts[i].result() for i in range(s.count)] if s.verdicts else []
     if verdicts:
         extra["accuracy"] = sum(v.right[c.extractor] for v in verdicts) / len(verdicts)
@@ -233,7 +199,7 @@ def _rewards(s: Share) -> Tensor:
     if c.reward is None:
         rewards = [float(v.right[c.extractor]) for v in verdicts]
     elif c.reward == "random":
-        rewards = random_rewards(s.count, c.seed, s.trainer.step)
+        rewards = random_rewards(s.count, c.seed, s.run.step)
     elif c.reward == "format-only":
         rewards = [float(v.answers["strict"] is not None) for v in verdicts]
     else:
@@ -243,7 +209,7 @@ def _rewards(s: Share) -> Tensor:
 
 def _own_rewards(s: Share) -> list[float]:
     """What the user's function says."""
-    t = s.trainer
+    t = s.run
     assert t.reward is not None
     repeated = [row for row in s.rows for _ in range(t.config.num_generations)]
     logged: dict[str, list[float]] = {}

@@ -1,0 +1,41 @@
+"""GRPO: a rollout, advantages of each prompt's group, and the optimizer's steps on the group-relative loss."""
+
+from collections.abc import Sequence
+
+import torch
+
+from tinylora.rl.consistency import require_same_policy
+from tinylora.rl.run import Run
+from tinylora.rl.step import Clock, dead_groups, draw, finish, length_metrics, reward_metrics, roll_out, stacked
+from tinylora.rl.update import Batch, update
+from tinylora.tasks.sets import Row
+
+
+def grpo_step(runs: Sequence[Run]) -> list[Row]:
+    """One step of each run; returns their metrics rows."""
+    clock, shares = Clock(), draw(runs)
+    with torch.no_grad():
+        matrices = stacked([t.policy.matrices() for t in runs])
+    roll_out(shares, matrices, clock)
+    advantages = [s.advantages for s in shares]
+    batches = [Batch(s.repeated(), s.completions, a) for s, a in zip(shares, advantages, strict=True)]
+    first = [_descend(s.run, b) for s, b in zip(shares, batches, strict=True)]
+    clock.mark()
+    return [
+        finish(s, clock, {**m, **reward_metrics(s), **dead_groups(a), **length_metrics(s)})
+        for s, m, a in zip(shares, first, advantages, strict=True)
+    ]
+
+
+def _descend(t: Run, batch: Batch) -> Row:
+    """A run's optimizer steps on its batch; the metrics of the first."""
+    first: Row = {}
+    for iteration in range(t.config.num_iterations):
+        t.optimizer.zero_grad(set_to_none=True)
+        metrics = update(t.policy, batch, t.config, t.plan)
+        if iteration == 0:
+            mean, largest = (metrics[f"sampling/sampling_logp_difference/{x}"] for x in ("mean", "max"))
+            require_same_policy(mean, largest, t.model.dtype, t.config.exact, t.step + 1)
+        norm = t.descend()
+        first = first or {**metrics, **norm}
+    return first

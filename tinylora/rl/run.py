@@ -1,0 +1,177 @@
+"""The state of one run, and what a step may do to it.
+
+Every random choice is a function of the seed and a counter (step, sequence, position), so there is no generator state to
+save, and a resumed run repeats the uninterrupted one bit for bit.
+"""
+
+import dataclasses
+import itertools
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import tinylora
+from tinylora import prng
+from tinylora.adapter.on_decoder import Adapter
+from tinylora.adapter.parts import base_hash
+from tinylora.engine.rollout import Sampling
+from tinylora.engine.text import Text
+from tinylora.errors import InputError
+from tinylora.model.decoder import Decoder
+from tinylora.rl.baselines import Baseline
+from tinylora.rl.config import TrainConfig
+from tinylora.rl.consistency import fix_capacity
+from tinylora.rl.memory import plan_memory
+from tinylora.rl.rewards import CONTROLS, load_reward
+from tinylora.rl.run_directory import V_IN_METRICS, RunDirectory, is_step
+from tinylora.rl.update import Policy
+from tinylora.tasks.builtin import BUILTIN_MODELS
+from tinylora.tasks.grader import Grader
+from tinylora.tasks.sets import Row
+
+ORDER_STREAM = 0x0D3  # names the stream of the prompts' order
+
+
+@dataclass
+class Inputs:
+    """The base and the task, loaded once for all runs on them."""
+
+    model: Decoder
+    text: Text
+    grader: Grader | None  # None: the rows have no answers
+    train_rows: list[Row]
+    test_rows: list[Row]
+    validation_rows: list[Row]
+    prompts: list[list[int]]  # of all rows
+
+
+class Run:
+    """What one run holds: settings, the policy and its optimizer, the rows, the counters, its directory."""
+
+    def __init__(self, config: TrainConfig, inputs: Inputs, resume: bool) -> None:
+        """Checks all settings against the inputs; only then is anything written."""
+        self.config, self.inputs = config, inputs
+        self.model, self.text, self.grader = inputs.model, inputs.text, inputs.grader
+        self.train_rows = inputs.train_rows
+        own = config.reward not in (None, *CONTROLS)
+        self.reward = load_reward(config.reward or "") if own else None
+        self.reward_name = getattr(self.reward, "__name__", "reward") if own else (config.reward or "accuracy")
+        if len(self.train_rows) < config.prompts_per_step:
+            raise InputError(
+                f"--prompts-per-step {config.prompts_per_step}: the task has only {len(self.train_rows)} usable prompts"
+            )
+        self.steps_per_epoch = len(self.train_rows) // config.prompts_per_step
+        self.max_steps = config.max_steps
+        if self.max_steps < 1:
+            self.max_steps = max(1, math.ceil(config.num_train_epochs * self.steps_per_epoch))
+        self.policy: Policy
+        if config.method in ("lora", "full"):
+            self.policy = Baseline(self.model, config.method, config.r, config.target_modules, config.seed)
+        else:
+            self.policy = Adapter(self.model, config.adapter)
+        longest, sequences = max(map(len, inputs.prompts)), config.prompts_per_step * config.num_generations
+        if config.exact and isinstance(self.policy, Adapter) and self.model.capacity is None:
+            fix_capacity(self.policy, inputs.prompts, self.sampling())
+        self.plan = plan_memory(self.model, longest + config.max_completion_length, sequences, config.microbatch_tokens)
+        self.expected: dict[int, float] = {}  # mean completion length of each training row, as last sampled
+        self.optimizer = torch.optim.Adam(self.policy.named_parameters().values(), lr=config.learning_rate)
+        self.step, self.num_tokens = 0, 0
+        self.stop = False
+        name = f"{config.model if config.model in BUILTIN_MODELS else self.model.path.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        about = {
+            "settings": dataclasses.asdict(config),
+            "num_parameters": self.policy.num_parameters,
+            "max_steps": self.max_steps,
+            "base_model_hash": base_hash(self.model.digests),
+            "versions": {"tinylora": tinylora.__version__, "torch": torch.__version__},
+        }
+        self.run_directory = RunDirectory(Path(config.output_dir or f"runs/{name}"), about, resume)
+        if self.run_directory.checkpoint is not None:
+            self._restore(*self.run_directory.checkpoint)
+
+    # ---- where it is ----------------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        return self.step < self.max_steps and not self.stop and not self.dead
+
+    @property
+    def dead(self) -> bool:
+        """Whether --dead-steps says to stop."""
+        return 0 < self.config.dead_steps <= self.steps_since_gradient()
+
+    @property
+    def last_step(self) -> Row:
+        return next(r for r in reversed(self.run_directory.rows) if is_step(r))
+
+    def steps_since_gradient(self) -> int:
+        """How many of the last steps in a row had only dead groups."""
+        steps = (r for r in reversed(self.run_directory.rows) if is_step(r))
+        return sum(1 for _ in itertools.takewhile(lambda r: r.get("frac_reward_zero_std", 0) >= 1, steps))
+
+    def sampling(self) -> Sampling:
+        c = self.config
+        return Sampling(c.max_completion_length, c.temperature, c.top_p, c.top_k, c.seed, self.text.eos_ids)
+
+    def prompt_order(self) -> list[int]:
+        """This step's prompts: the next of the epoch's permutation."""
+        epoch, place = divmod(self.step, self.steps_per_epoch)
+        order = prng.permutation(len(self.train_rows), ORDER_STREAM, self.config.seed, epoch)
+        return order[place * self.config.prompts_per_step : (place + 1) * self.config.prompts_per_step]
+
+    # ---- how it moves on ------------------------------------------------------------------------------------------------
+
+    def descend(self) -> Row:
+        """One step of Adam on the gradients that are there; InputError where one is not finite."""
+        parameters = list(self.policy.named_parameters().values())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+        if not math.isfinite(norm):
+            raise InputError(f"step {self.step + 1}: the gradient is not finite; lower --learning-rate")
+        if self.config.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        learning_rate = self.config.learning_rate * self._schedule(self.step)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.step()
+        return {"grad_norm": norm, "learning_rate": learning_rate}
+
+    def advance(self, tokens: int) -> tuple[Row, Row]:
+        """Count a finished step: the metrics that begin its row, and those of the adapter."""
+        self.step += 1
+        self.num_tokens += tokens
+        head = {"step": self.step, "epoch": self.step / self.steps_per_epoch, "num_tokens": self.num_tokens}
+        if isinstance(self.policy, Baseline):
+            return head, {}
+        v = self.policy.stored_v().detach()
+        if v.numel() > V_IN_METRICS:
+            self.run_directory.keep_v(self.step, v)
+        own = {"adapter/v": v.flatten().tolist()} if v.numel() <= V_IN_METRICS else {}
+        return head, {"adapter/norm": v.norm().item(), "adapter/relative_change": self.policy.relative_change(), **own}
+
+    def _schedule(self, step: int) -> float:
+        """The learning rate's factor at 0-based `step`."""
+        c = self.config
+        if step < c.warmup_steps:
+            return (step + 1) / c.warmup_steps
+        done = (step - c.warmup_steps) / max(1, self.max_steps - c.warmup_steps)
+        return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[c.lr_scheduler_type]
+
+    # ---- its checkpoint -------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, row: Row) -> None:
+        named = self.policy.named_parameters()
+        tensors = dict(named)
+        for name, p in named.items():
+            tensors |= {f"adam.{k}.{name}": self.optimizer.state[p][k] for k in ("step", "exp_avg", "exp_avg_sq")}
+        self.run_directory.save_checkpoint(tensors, row)
+
+    @torch.no_grad()
+    def _restore(self, tensors: dict[str, Tensor], row: Row) -> None:
+        for name, p in self.policy.named_parameters().items():
+            p.copy_(tensors[name])
+            state = {k: tensors[f"adam.{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {k: t if k == "step" else t.to(p) for k, t in state.items()}
+        self.step, self.num_tokens = row["step"], row["num_tokens"]
