@@ -10,7 +10,7 @@ from typing import Any
 from bench.tables import markdown, ops_tables
 
 Fact = dict[str, Any]
-NOTHING = "**Nothing here has been measured on a GPU yet.**"
+NOTHING = "**Nothing here has run on a GPU yet.**"
 
 
 @dataclass

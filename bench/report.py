@@ -1,8 +1,9 @@
-"""Committed results -> the README's tables and a figure: python -m bench.report
+"""Committed results -> tables in README.md and docs/, and a figure: python -m bench.report
 
-Reads every JSON under bench/results, writes Markdown between the two `bench` comments of README.md and, where matplotlib is
-installed, bench/results/linear.svg. What bench.gpu left, every results.jsonl, goes between the `gpu` comments of docs/speed.md,
-and as one row of README.md. Nothing is measured here, so running it twice changes nothing.
+Reads every JSON under bench/results. All of it becomes the tables between the `bench` comments of docs/benchmarks.md, and at
+most five rows of it the table between the `bench` comments of README.md. Where matplotlib is installed it also draws
+bench/results/linear.svg. What bench.gpu left, every results.jsonl, goes between the `gpu` comments of docs/speed.md, and as one
+row between those of README.md. Nothing is measured here, so running it twice changes nothing.
 """
 
 import importlib.util
@@ -17,6 +18,7 @@ from bench.tables import by_case, implementations, markdown, ops_tables
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 GPU = "<!-- gpu -->", "<!-- /gpu -->"
+PAGES = "README.md", "docs/benchmarks.md", "docs/speed.md"
 Result = dict[str, Any]
 
 
@@ -106,6 +108,41 @@ def section(results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
+def beside(result: Result) -> list[list[str]]:
+    """The README's rows of a result: what, ours, what stands beside it, and its ratio. None of most results."""
+    kind = result["bench"]
+    if kind == "step":
+        rate, seconds = result["rollout_tokens_per_second"], result["seconds"]
+        ours, trl = (f"{seconds[f'step/{name}']['median'] * 1e3:.0f} ms" for name in ("ours", "trl"))
+        rollout, step = (f"{result['ratios'][name]:.1f}x as fast" for name in ("rollout", "step"))
+        peer = f"{rate['generate']:,.0f} tokens/s, transformers + PEFT"
+        return [
+            ["rollout, the job above", f"{rate['ours']:,.0f} tokens/s", peer, rollout],
+            ["whole GRPO step, the job above", ours, f"{trl}, TRL + PEFT", step],
+        ]
+    if kind == "rollout" and result["model"] != "builtin":
+        rate = result["tokens_per_second"]
+        peer = rate["generate + PEFT"]
+        ratio = f"{rate['ours'] / peer:.1f}x as fast"
+        other = f"{peer:,.0f} tokens/s, transformers + PEFT"
+        return [[f"rollout, shapes of {result['model']}", f"{rate['ours']:,.0f} tokens/s", other, ratio]]
+    if kind == "memory":
+        ours, trl = (result["found"][name]["peak"] for name in ("ours", "trl"))
+        what = f"peak memory of a step, shapes of {result['model']}"
+        return [[what, f"{ours:.1f} GB", f"{trl:.1f} GB, TRL + PEFT", f"{ours / trl:.2f} of it"]]
+    if kind == "layers":
+        attached, peft = (result["contenders"][name]["x_bare"] for name in ("attached", "PEFT"))
+        what = f"training step of transformers' {result['model']}, {result['layers']} layers, attached"
+        return [[what, f"{attached:.2f} x bare", f"{peft:.2f} x bare, PEFT", f"{attached / peft:.2f} of it"]]
+    return []
+
+
+def summary(results: Sequence[Result]) -> str:
+    """The README's table: five rows of all results at most."""
+    rows = [row for kind in WRITERS for r in results if r["bench"] == kind for row in beside(r)]
+    return markdown(["", "tinylora", "beside it", "ratio"], rows)
+
+
 def replace_section(text: str, new: str, begin: str = BEGIN, end: str = END) -> str:
     """text with what lies between the two comments replaced. ValueError where they are not there once each."""
     if text.count(begin) != 1 or text.count(end) != 1:
@@ -143,9 +180,11 @@ def main(root: Path = ROOT) -> None:
     files = sorted((root / "bench" / "results").rglob("*.json"))
     results = [json.loads(file.read_text()) for file in files]
     machines = [m for file in sorted((root / "bench" / "results").rglob("results.jsonl")) for m in gpu_report.read(file)]
-    readme, speed = root / "README.md", root / "docs" / "speed.md"
-    text = replace_section(readme.read_text(), section([r for r in results if "bench" in r]))
+    measured = [r for r in results if "bench" in r]
+    readme, benchmarks, speed = (root / page for page in PAGES)
+    text = replace_section(readme.read_text(), summary(measured))
     readme.write_text(replace_section(text, gpu_report.row(machines), *GPU))
+    benchmarks.write_text(replace_section(benchmarks.read_text(), section(measured)))
     speed.write_text(replace_section(speed.read_text(), gpu_report.tables(machines), *GPU))
     linears = [r for r in results if r.get("bench") == "ops" and any(row["x_bare"] for row in r["rows"])]
     if linears and importlib.util.find_spec("matplotlib"):

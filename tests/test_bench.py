@@ -277,23 +277,65 @@ def committed(kind: str) -> dict:
     return result
 
 
-def test_the_readme_says_what_the_committed_results_say(tmp_path: Path) -> None:
-    """`python -m bench.report` would change nothing, in docs/speed.md neither."""
+def page(name: str) -> str:
+    return (RESULTS.parent.parent / name).read_text()
+
+
+def between(text: str, begin: str, end: str) -> str:
+    return text[text.index(begin) + len(begin) : text.index(end)]
+
+
+def test_the_pages_say_what_the_committed_results_say(tmp_path: Path) -> None:
+    """`python -m bench.report` would change nothing, and puts back whatever was changed by hand."""
     shutil.copytree(RESULTS, tmp_path / "bench" / "results")
     (tmp_path / "docs").mkdir()
-    speed = (RESULTS.parent.parent / "docs" / "speed.md").read_text()
-    (tmp_path / "docs" / "speed.md").write_text(speed)
-    readme = (RESULTS.parent.parent / "README.md").read_text()
-    start, end = readme.index(report.BEGIN), readme.index(report.END)
-    assert f"| whole step, tinylora | {committed('step')['seconds']['step/ours']['median'] * 1e3:.0f} |" in readme[start:end]
-    for text in (readme, readme[: start + len(report.BEGIN)] + "old" + readme[end:]):
-        (tmp_path / "README.md").write_text(text)
+    said = {name: page(name) for name in report.PAGES}
+    step = committed("step")["seconds"]["step/ours"]["median"] * 1e3
+    assert f"| whole step, tinylora | {step:.0f} |" in between(said["docs/benchmarks.md"], report.BEGIN, report.END)
+    assert f"| {step:.0f} ms |" in between(said["README.md"], report.BEGIN, report.END)
+    markers = {
+        "README.md": [report.BEGIN, report.GPU[0]],
+        "docs/benchmarks.md": [report.BEGIN],
+        "docs/speed.md": [report.GPU[0]],
+    }
+    for changed in (False, True):
+        for name, text in said.items():
+            for begin in markers[name] if changed else ():
+                text = text.replace(begin, begin + "old")
+            (tmp_path / name).write_text(text)
         report.main(tmp_path)
-        assert (tmp_path / "README.md").read_text() == readme
-        assert (tmp_path / "docs" / "speed.md").read_text() == speed
+        assert {name: (tmp_path / name).read_text() for name in said} == said
+    readme = said["README.md"]
     for broken in (readme.replace(report.END, ""), readme + report.BEGIN):
         with pytest.raises(ValueError, match="needs one <!-- bench -->"):
             report.replace_section(broken, "")
+
+
+def test_the_readme_is_short() -> None:
+    """Under 14 kB, and five rows of numbers at most."""
+    readme = page("README.md")
+    assert len(readme.encode()) < 14_000
+    header, rule, *rows = between(readme, report.BEGIN, report.END).strip().splitlines()
+    assert 1 <= len(rows) <= 5 and rule == "| --- | --- | --- | --- |"
+
+
+def test_the_readmes_example_is_the_first_of_the_documented_seeds() -> None:
+    """What the README shows of seed 0 stands in the table of seeds, and that table's trained numbers in the controls' too."""
+    example = between(page("README.md"), "<!-- example -->", "<!-- /example -->")
+    sampled, greedy = ([x for x in line.split() if "%" in x] for line in example.splitlines() if ", strict" in line)
+    rows = [
+        line.split(" | ")
+        for line in page("docs/training.md").splitlines()
+        if line.startswith(tuple(f"| {i} |" for i in range(5)))
+    ]
+    base, trained, gain, low, high = (x.strip("[]%,") for x in sampled)
+    first = rows[0]
+    assert first[1:3] == [f"{base} %", f"{trained} %"] and first[3] == f"{gain} [{low.lstrip('+')}, {high.lstrip('+')}]"
+    assert [first[4], first[5].strip(" |")] == [f"{x.strip('%')} %" for x in greedy[:2]]
+    controls = page("docs/reproducing.md")
+    for seed, before, after, _, _, after_greedy in rows:
+        number = [x.strip(" %|") for x in (before, after, after_greedy)]
+        assert f"{seed} | {number[0]} | {number[1]} / {number[2]} |" in controls
 
 
 def some_ops() -> dict:
