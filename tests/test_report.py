@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinylora import report, train
+from tinylora import train
 from tinylora.errors import InputError
 from tinylora.evaluation.statistics import wilson
-from tinylora.rl import figures
+from tinylora.studies import figures, report
 
 # accuracies of three seeds, by number of trained numbers
 SEEDS = {

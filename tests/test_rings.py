@@ -41,7 +41,7 @@ RINGS = {
     "tinylora.kernels.build": 8,
     "tinylora.sweep": 9,
     "tinylora.report": 9,
-    "tinylora.rl.figures": 9,
+    "tinylora.studies.figures": 9,
     "tinylora.demo.pretrain": 9,
 }
 

@@ -9,8 +9,6 @@ from tinylora.evaluation.statistics import (
     Z80,
     Z95,
     bootstrap,
-    count_to_reach,
-    counts_to_reach,
     mcnemar,
     paired_difference,
     pass_at_k,
@@ -18,6 +16,7 @@ from tinylora.evaluation.statistics import (
     standard_error,
     wilson,
 )
+from tinylora.studies.results import count_to_reach, counts_to_reach
 
 
 @pytest.mark.parametrize(

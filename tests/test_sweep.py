@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tinylora import sweep
 from tinylora.errors import InputError
 from tinylora.rl.trainer import Trainer
+from tinylora.studies import sweep
 
 STUDY = """
 title = "What u does"

@@ -16,8 +16,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from tinylora.evaluation.statistics import bootstrap, wilson
+from tinylora.evaluation.statistics import wilson
 from tinylora.rl.run_directory import Row, is_step
+from tinylora.studies.results import by, counts, is_number, spread
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, DASHES = "os^Dv*P", ("-", "--", ":", "-.")
@@ -138,25 +139,6 @@ def _path(v: Any) -> Picture:
 
 
 # ---- a study ------------------------------------------------------------------------------------------------------------
-
-
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean over seeds and its 95 % interval by bootstrap; a single seed has none, and gets its own value."""
-    low, high = bootstrap(values) if len(values) > 1 else (values[0], values[0])
-    return sum(values) / len(values), low, high
-
-
-def by(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
-    return {name: [row for row in rows if row[key] == name] for name in dict.fromkeys(row[key] for row in rows)}
-
-
-def counts(values: Sequence[int]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 def study_pictures(about: Row, results: Sequence[Row], curves: dict[str, list[list[float]]]) -> list[Picture]:

@@ -1,0 +1,302 @@
+"""python -m tinylora.sweep STUDY.toml: a grid of training runs with seeds, and one table of results. `--help` lists the flags.
+
+    title = "How many numbers does RL need?"        question = "..."
+    seeds = 8                   runs of each arm: seeds and draws of P 0 .. 7, the same in every arm
+    x = "num_parameters"        what the figure's axis shows: num_parameters, bytes, or a setting's name
+    [settings]                  of every run, by the names of `tinylora.train --help`
+    max_steps = 40
+    [[arms]]                    settings of one arm; a list makes an arm of each of its values (of each combination of several)
+    name = "RL, {u} numbers"
+    series = "RL"               arms of a series are joined by a line
+    u = [1, 13]
+    [arms.choose]               settings chosen on held-out training rows, by runs with other seeds; never on the test problems
+    learning_rate = [0.003, 0.01]
+    [quick]                     what --quick changes: seeds, and settings of every run. It chooses nothing: first values stand
+
+Runs of an arm go through the engine together where they can (`rl.population`), arms beside each other in processes of their
+own. What is finished stays finished: the same command goes on where it was stopped.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from tinylora.cli import flag, table
+from tinylora.errors import InputError
+from tinylora.files import write_text
+from tinylora.rl.config import TrainConfig, preset
+from tinylora.rl.run_directory import changed_settings, is_step
+
+CHOICE_SEED = 1000  # of the runs that choose settings: away from those that are reported
+CHOICE_RUNS = 2
+TOP = {"title", "question", "seeds", "x", "x_label", "settings", "arms", "quick"}
+SETTINGS = {f.name for f in fields(TrainConfig)} - {"output_dir", "seed", "projection_seed"}
+
+
+@dataclass
+class Arm:
+    """Runs that differ in their seeds alone."""
+
+    name: str
+    series: str
+    settings: dict[str, Any]
+    choose: dict[str, list[Any]]
+
+    @property
+    def folder(self) -> str:
+        return "".join(c if c.isalnum() or c in ".-=" else "-" for c in self.name.lower()).strip("-")
+
+
+@dataclass
+class Study:
+    title: str
+    question: str
+    seeds: int
+    x: str | None
+    x_label: str
+    quick: bool
+    arms: list[Arm]
+
+
+def read_study(path: Path, quick: bool) -> Study:
+    """InputError for what is missing, unknown, or would be refused by the trainer."""
+    try:
+        raw = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from None
+    if unknown := raw.keys() - TOP:
+        raise InputError(f"{path}: unknown keys {', '.join(sorted(unknown))}; known are {', '.join(sorted(TOP))}")
+    shared, faster = dict(raw.get("settings", {})), dict(raw.get("quick", {}))
+    seeds = raw.get("seeds", 8)
+    if quick:
+        seeds = faster.pop("seeds", seeds)
+        shared |= faster
+    arms = [arm for table_ in raw.get("arms", []) for arm in _arms(path, table_, shared)]
+    if quick:
+        arms = [replace(a, settings=a.settings | {k: v[0] for k, v in a.choose.items()}, choose={}) for a in arms]
+    if not arms:
+        raise InputError(f"{path}: a study needs at least one [[arms]]")
+    twice = [a.name for i, a in enumerate(arms) if a.folder in {b.folder for b in arms[:i]}]
+    if twice:
+        raise InputError(f"{path}: two arms are named {twice[0]!r}; put what differs into the name, as {{u}} for u")
+    x = raw.get("x")
+    study = Study(raw.get("title", path.stem), raw.get("question", ""), seeds, x, raw.get("x_label", x or ""), quick, arms)
+    for arm in arms:  # every error before the first run
+        for chosen in _combinations(arm.choose):
+            config(arm.settings | chosen, 0, path)
+    return study
+
+
+def _arms(path: Path, raw: dict[str, Any], shared: dict[str, Any]) -> Iterator[Arm]:
+    own = {k: v for k, v in raw.items() if k not in ("name", "series", "choose")}
+    choose = raw.get("choose", {})
+    if unknown := (own.keys() | shared.keys() | choose.keys()) - SETTINGS:
+        raise InputError(f"{path}: unknown settings {', '.join(sorted(unknown))}; see python -m tinylora.train --help")
+    axes = {k: v if isinstance(v, list) and k != "target_modules" else [v] for k, v in own.items()}
+    for values in _combinations(axes):
+        settings = shared | values
+        try:
+            name = str(raw.get("name", ", ".join(f"{k} {v}" for k, v in values.items()) or "base")).format(**settings)
+            yield Arm(name, str(raw.get("series", name)).format(**settings), settings, choose)
+        except (KeyError, IndexError, ValueError) as error:
+            raise InputError(f"{path}: the arm's name {raw.get('name')!r} wants {error}, which no setting gives") from None
+
+
+def _combinations(axes: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def config(settings: dict[str, Any], seed: int, where: Path, output_dir: str | None = None) -> TrainConfig:
+    """A run's settings. InputError that names the study where they are refused."""
+    usual = preset(**{name: settings[name] for name in ("model", "method", "algorithm") if name in settings})
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    try:
+        return TrainConfig(**usual | values | {"seed": seed, "projection_seed": seed, "output_dir": output_dir})
+    except (InputError, TypeError) as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+# ---- running ------------------------------------------------------------------------------------------------------------
+
+
+def run_job(jobs: list[TrainConfig], threads: int) -> None:
+    """Train these runs, together where they can be; one that was begun goes on, one that is finished is left."""
+    import torch
+
+    from tinylora.rl.trainer import Trainer, train_population
+
+    torch.set_num_threads(threads)
+    missing = [c for c in jobs if not finished(c)]
+    begun = [c.output_dir for c in missing if _begun(c)]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        if len(missing) > 1 and missing[0].method in ("tinylora", "lora_xs"):
+            train_population(missing, begun)
+        else:
+            for each in missing:
+                Trainer(each, resume=each.output_dir in begun).train()
+
+
+def finished(c: TrainConfig) -> bool:
+    """Whether the run came to its end, where it is scored: Ctrl-C leaves an adapter too. InputError where the directory holds
+    a run of other settings, as when a study was edited."""
+    path = Path(c.output_dir or "")
+    if not (path / "config.json").exists():
+        return False
+    stored = json.loads((path / "config.json").read_text())["settings"]
+    for name, held, wanted in changed_settings(stored, asdict(c)):
+        is_, not_ = f"{flag(name)} {held}", f"{flag(name)} {wanted}"
+        raise InputError(f"{path} holds a run with {is_}, not {not_}: delete it, or give another --output-dir")
+    rows = _rows(c) if (path / "adapter").is_dir() else []
+    last = max((row["step"] for row in rows if is_step(row)), default=None)
+    return last in {row["step"] for row in rows if "eval/n" in row or "validation/n" in row}
+
+
+def _begun(c: TrainConfig) -> bool:
+    """Whether the run can go on; what was killed before its first checkpoint is cleared away."""
+    path = Path(c.output_dir or "")
+    if (path / "config.json").exists() and (path / "checkpoint").is_dir():
+        return True
+    shutil.rmtree(path, ignore_errors=True)
+    return False
+
+
+def run_all(groups: Sequence[list[TrainConfig]], processes: int, what: str) -> None:
+    """Every group's runs, each group in a process; says what is done. InputError with the first that failed."""
+    groups = [g for g in groups if not all(map(finished, g))]
+    if not groups:
+        return
+    threads, began = max(1, (os.cpu_count() or 1) // processes), time.perf_counter()
+
+    def say(done: int) -> None:
+        print(f"{what}: {done} of {len(groups)} groups of runs, {time.perf_counter() - began:,.0f} s", flush=True)
+
+    if processes == 1:
+        for done, group in enumerate(groups, 1):
+            run_job(group, threads)
+            say(done)
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(run_job, g, threads): g for g in groups}
+        for done, future in enumerate(as_completed(futures), 1):
+            error = future.exception()
+            if error is not None:
+                pool.shutdown(cancel_futures=True)
+                raise InputError(f"{futures[future][0].output_dir}: {error}") from error
+            say(done)
+
+
+def choose(study: Study, path: Path, out: Path, processes: int) -> list[dict[str, Any]]:
+    """The settings that each arm's held-out training rows choose, by mean accuracy over the choosing runs."""
+    plans: list[list[tuple[dict[str, Any], list[TrainConfig]]]] = []
+    for arm in study.arms:
+        options = _combinations(arm.choose) if arm.choose else []
+        plan = []
+        for i, option in enumerate(options):
+            settings = arm.settings | option | {"eval_size": 0, "eval_steps": 10**9}
+            folder = out / "choice" / arm.folder / f"option-{i}"
+            seeds = range(CHOICE_SEED, CHOICE_SEED + CHOICE_RUNS)
+            plan.append((option, [config(settings, s, path, str(folder / f"seed-{s}")) for s in seeds]))
+        plans.append(plan)
+    run_all([runs for plan in plans for _, runs in plan], processes, "choosing settings")
+    chosen = []
+    for plan in plans:
+        scored = [(sum(_validation(c) or 0.0 for c in runs), -i) for i, (_, runs) in enumerate(plan)]
+        chosen.append(plan[-max(scored)[1]][0] if plan else {})
+    return chosen
+
+
+def _rows(c: TrainConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(c.output_dir or "") / "metrics.jsonl").read_text().splitlines()]
+
+
+def _validation(c: TrainConfig) -> float | None:
+    """Accuracy on the held-out training rows after the last step."""
+    found = [row["validation/accuracy"] for row in _rows(c) if "validation/accuracy" in row]
+    return found[-1] if found else None
+
+
+def result(arm: Arm, c: TrainConfig, x: str | None, out: Path) -> dict[str, Any]:
+    """One line of results.jsonl."""
+    path = Path(c.output_dir or "")
+    about, rows = json.loads((path / "config.json").read_text()), _rows(c)
+    scores = [row for row in rows if "eval/n" in row]
+    steps = [row for row in rows if is_step(row)]
+    if not scores:
+        raise InputError(f"{path} was not evaluated: a study needs eval_size of at least 1")
+    count = about["num_parameters"]
+    size = count * {"float32": 4, "bfloat16": 2, "float16": 2}[c.param_dtype]
+    places = {"num_parameters": count, "bytes": size}
+    base, trained = ({k: row[f"eval/{m}"] for k, m in (("sampled", "accuracy"), ("greedy", "accuracy_greedy"))}
+                     for row in (scores[0], scores[-1]))  # fmt: skip
+    return {
+        "arm": arm.name,
+        "series": arm.series,
+        "x": places.get(x, about["settings"].get(x)) if x else None,
+        "seed": c.seed,
+        "settings": {k: v for k, v in about["settings"].items() if k != "output_dir"},  # "run" says where, and travels
+        "num_parameters": count,
+        "bytes": size,
+        "n": scores[-1]["eval/n"],
+        "base": base,
+        "trained": trained,
+        "validation": _validation(c),
+        "steps": len(steps),
+        "run": str(path.relative_to(out)),
+    }
+
+
+def summarize(results: Sequence[dict[str, Any]]) -> str:
+    """A line an arm: means over seeds, and the worst and best of them."""
+    cells = []
+    for arm in dict.fromkeys(r["arm"] for r in results):
+        own = [r for r in results if r["arm"] == arm]
+        line = [arm, f"{own[0]['num_parameters']:,}", str(len(own))]
+        for kind in ("sampled", "greedy"):
+            values = [r["trained"][kind] for r in own]
+            line.append(f"{sum(values) / len(values):.1%} ({min(values):.1%}..{max(values):.1%})")
+        cells.append(line)
+    return table(
+        [f"n = {results[0]['n']} problems", "numbers", "seeds", "sampled (worst..best)", "greedy (worst..best)"], cells
+    )
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m tinylora.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--output-dir", type=Path, help="default: studies/NAME, with -quick for --quick")
+    parser.add_argument("--quick", action="store_true", help="the study's [quick] settings")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="groups of runs at once; default: the cores")
+    options = parser.parse_args(arguments)
+    study = read_study(options.study, options.quick)
+    out = options.output_dir or Path("studies") / (options.study.stem + ("-quick" if options.quick else ""))
+    chosen = choose(study, options.study, out, options.processes)
+    plan = [
+        [
+            config(arm.settings | own, seed, options.study, str(out / "runs" / arm.folder / f"seed-{seed}"))
+            for seed in range(study.seeds)
+        ]
+        for arm, own in zip(study.arms, chosen, strict=True)
+    ]
+    run_all(plan, options.processes, "training")
+    results = [result(arm, c, study.x, out) for arm, runs in zip(study.arms, plan, strict=True) for c in runs]
+    about = {"name": out.name, "title": study.title, "question": study.question, "x": study.x, "x_label": study.x_label}
+    about |= {"quick": study.quick, "chosen": {a.name: c for a, c in zip(study.arms, chosen, strict=True) if c}}
+    write_text(out / "study.json", json.dumps(about, indent=2) + "\n")
+    write_text(out / "results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
+    print(f"{study.title}\n\n{summarize(results)}\n\nresults in {out}; a page: python -m tinylora.report {out}")
+    return 0
