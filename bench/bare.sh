@@ -12,7 +12,7 @@ fi
 export PATH="$PWD/$directory/bin:$PATH" PYTHONPATH=. CUDA_VISIBLE_DEVICES="" OUT=${OUT:-/tmp/tinylora-bare}
 case $directory in /*) export PATH="$directory/bin:$PATH" ;; esac
 rm -rf "$OUT"
-python -m pytest -q -p no:cacheprovider tests/test_bare.py tests/test_gpu_driver.py tests/test_aot.py
+python -m pytest -q -p no:cacheprovider tests/test_bare.py tests/bench/test_gpu_driver.py tests/kernels/test_aot.py
 TINYLORA_GPU_TESTS=cpu python -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py | tail -n 3
 bash bench/gpu.sh first --device cpu | tail -n 2
 bash bench/gpu.sh second --device cpu | tail -n 2

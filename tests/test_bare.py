@@ -16,12 +16,10 @@ from bench import gpu
 
 ROOT = Path(__file__).parent.parent
 MISSING = ("tyro", "math_verify", "datasets", "trl")
-SCRIPTS = ("tinylora/tasks/grader_worker.py",)  # not imported: a process of its own, and of graders that need math-verify
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for folder in ("tinylora", "bench")
     for path in sorted((ROOT / folder).rglob("*.py"))
-    if str(path.relative_to(ROOT)) not in SCRIPTS
 ]
 
 # In the child's sitecustomize, so that its own children have it too.

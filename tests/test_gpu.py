@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_decode_linear import decoded
+from decoding import decoded
 
 from tinylora.adapter.config import TinyLoRAConfig
 from tinylora.adapter.on_decoder import Adapter

@@ -9,7 +9,7 @@ from tinylora.kernels import launch
 
 @pytest.fixture(autouse=True)
 def interpreted() -> None:
-    assert launch.INTERPRETED, "run tests/test_interpreted.py, which sets TRITON_INTERPRET=1 for this folder"
+    assert launch.INTERPRETED, "run tests/kernels/test_interpreted.py, which sets TRITON_INTERPRET=1 for this folder"
 
 
 @pytest.fixture(autouse=True, scope="session")

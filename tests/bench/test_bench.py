@@ -17,7 +17,7 @@ from bench.ops import MODELS, check_agreement, head_case, linear_case, norm_case
 from tinylora.adapter.basis import truncated_svd
 
 F32 = torch.float32
-RESULTS = Path(__file__).parent.parent / "bench" / "results"
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 PASSES = ("forward", "forward+backward")
 SHORT = pytest.mark.benchmark(max_time=0.1, min_rounds=3)  # enough to see a time, and to test what was timed
 

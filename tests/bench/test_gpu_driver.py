@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench import gpu, gpu_first, gpu_second
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def environment(out: Path) -> dict[str, str]:

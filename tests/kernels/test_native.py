@@ -143,7 +143,7 @@ def host_test(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert all(source.count(right) == 1 for right, _ in GUARDS), [r for r, _ in GUARDS if source.count(r) != 1]
     (folder / "cpu.c").write_text("static int fault;\n" + planted(source, dict(enumerate(GUARDS, 1))))
     flags = [*native.FLAGS[1:], "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{folder}"]
-    driver = Path(__file__).parent / "host" / "cpu_test.c"
+    driver = Path(__file__).parents[1] / "host" / "cpu_test.c"
     command = [native.compiler(), *flags, str(driver), "-o", str(folder / "test"), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

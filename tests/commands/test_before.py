@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import tinylora
 
-ROOT = Path(__file__).parent.parent
-DATA = Path(__file__).parent / "data" / "before"
+ROOT = Path(__file__).parents[2]
+DATA = Path(__file__).parents[1] / "data" / "before"
 EXPECTED = json.loads((DATA / "expected.json").read_text())
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 SHARED = "--seed 1 --projection-seed 5"

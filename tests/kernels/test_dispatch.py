@@ -35,7 +35,7 @@ def new_process(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("TINYLORA_BACKEND", "triton")
     monkeypatch.delenv("TINYLORA_SELF_CHECK_SECONDS", raising=False)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from tinylora.errors import InputError
 from tinylora.rl.rewards import call_reward, load_reward
 from tinylora.tasks.grading import extract_flexible, extract_strict, grade, same_number
 
-GSM8K = Path(__file__).parent.parent.parent / "shared" / "data" / "gsm8k"
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 ROWS = {"train": 7473, "test": 1319}
 
 # text, strict, flexible, why

@@ -344,7 +344,7 @@ def test_adapters_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has an adapter already"):
         tinylora.attach(model, TinyLoRAConfig())
     with pytest.raises(InputError, match="factors of its own"):
-        load_adapter(Path(__file__).parent / "data" / "peft-0.19" / "qwen2", model, "theirs")
+        load_adapter(Path(__file__).parents[1] / "data" / "peft-0.19" / "qwen2", model, "theirs")
     assert list(adapter.adapters) == ["default"]
     adapter.save(tmp_path / "a")
     load_adapter(tmp_path / "a", model, "again")

@@ -10,7 +10,7 @@ from tinylora.errors import InputError
 from tinylora.tasks.prompts import GSM8K_HASH, QWEN_BOXED
 from tinylora.tasks.sets import KNOWN, load_task
 
-DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -24,7 +24,7 @@ from tinylora.model.loader import load_model
 from tinylora.tasks.grader import Grader
 from tinylora.tasks.grading import Verdict
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FILES = ("results.json", "samples.jsonl")
 
 

@@ -22,7 +22,7 @@ from tinylora.kernels import library as cuda_library
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.frozen import FrozenLinear
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 # The PyTorch that is not installed, of the oldest and the newest that pyproject.toml admits, and where its headers are looked
 # for: a folder that holds torch/csrc, or "fetch": what was fetched before, or else 500 MB, once.

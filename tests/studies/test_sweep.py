@@ -133,7 +133,7 @@ def test_a_broken_study_is_refused_before_it_runs(tmp_path, change, message):
 
 def test_the_shipped_studies_can_run():
     """Each is read whole and --quick; whole, an arm has 8 draws of P or more, and SFT's arms are RL's but for the algorithm."""
-    files = sorted((Path(sweep.__file__).parent.parent / "recipes" / "studies").glob("*.toml"))
+    files = sorted((Path(sweep.__file__).parents[2] / "recipes" / "studies").glob("*.toml"))
     assert {f.stem for f in files} >= {"parameters", "rl-sft", "tying", "precision", "rank", "es", "scaling"}
     for file in files:
         whole, quick = (sweep.read_study(file, quick=q) for q in (False, True))

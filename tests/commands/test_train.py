@@ -24,7 +24,7 @@ from tinylora.rl.run_directory import CLOCK_METRICS
 from tinylora.rl.trainer import Trainer
 from tinylora.tasks.grader import GraderPool
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHORT = ["--eval-size", "32", "--prompts-per-step", "4", "--num-generations", "4"]
 
 

@@ -13,7 +13,7 @@ from tinylora.tasks import grading
 from tinylora.tasks.grading import extract_boxed, grade, same_answer
 from tinylora.tasks.sets import Row, load_task
 
-DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def test_the_table_is_as_large_as_it_should_be() -> None:
