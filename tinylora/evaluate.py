@@ -8,19 +8,16 @@ from typing import Any, Literal
 import torch
 
 import tinylora
-from tinylora.adapter.parts import base_hash
 from tinylora.cli import flag, run_command
 from tinylora.engine.text import Text, fitting_rows
 from tinylora.errors import InputError
 from tinylora.evaluation.answers import answer
 from tinylora.evaluation.scores import EXTRACTORS, Scored, compare, comparison_table
-from tinylora.files import write_text
+from tinylora.files import base_hash, write_text
 from tinylora.loading import load_adapter
 from tinylora.model.loader import load_model, resolve_model
-from tinylora.rl.config import BUILTIN_PRESET
+from tinylora.rl.config import BUILTIN_PRESET, preset
 from tinylora.rl.run_directory import v_at_step
-from tinylora.tasks.builtin import BUILTIN_MODELS
-from tinylora.tasks.grader import Grader, GraderPool
 from tinylora.tasks.grading import GRADER_VERSION
 from tinylora.tasks.prompts import PromptStyle
 from tinylora.tasks.sets import Row, load_task
@@ -106,7 +103,7 @@ def main(arguments: list[str]) -> int:
     import tyro  # the commands' alone, as in `train`
 
     c = tyro.cli(EvaluateConfig, args=arguments, prog="python -m tinylora.evaluate")
-    names = c.dataset or (("builtin" if c.model in BUILTIN_MODELS else "gsm8k"),)
+    names = c.dataset or (preset(c.model).get("dataset", "gsm8k"),)
     tasks = {name: load_task(name, None if name == "builtin" else c.data, c.prompt_style, ("test",)) for name in names}
     if empty := [name for name, task in tasks.items() if not task.test]:
         raise InputError(f"--dataset {empty[0]}: there are no test rows")
@@ -140,7 +137,7 @@ def main(arguments: list[str]) -> int:
             raise InputError(f"--dataset {name}: no prompt leaves room for --max-completion-length {length} tokens")
         if dropped := len(rows) - len(fitting):
             print(f"{name}: {dropped} prompts leave no room for {length} tokens and are not used")
-        grader = Grader(task.answer_format, None if name == "builtin" else GraderPool())
+        grader = task.grader()
         try:
             kinds = (c.num_generations, c.temperature, c.top_p, c.seed)
             base = answer(model, None, text, fitting, grader, length, f"{name}, base", *kinds)

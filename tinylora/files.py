@@ -27,6 +27,19 @@ def content_hash(tensor: Tensor) -> str:
     return h.hexdigest()
 
 
+def base_hash(digests: dict[str, str]) -> str:
+    """Of a model whose parameters have these content hashes, by name."""
+    return joint_hash(*(part for item in sorted(digests.items()) for part in item))
+
+
+def joint_hash(*parts: str | bytes) -> str:
+    """xxh3-128 of these, one after another."""
+    h = xxhash.xxh3_128()
+    for part in parts:
+        h.update(part.encode() if isinstance(part, str) else part)
+    return h.hexdigest()
+
+
 def write_text(path: Path, text: str) -> None:
     _replace(path, lambda partial: Path(partial).write_text(text))
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from tinylora.adapter import peft
 from tinylora.adapter.config import DTYPES, TinyLoRAConfig
-from tinylora.adapter.parts import Base, Parts, base_hash, draw_parts
+from tinylora.adapter.parts import Base, Parts, draw_parts
 from tinylora.errors import InputError
-from tinylora.files import write_safetensors, write_text
+from tinylora.files import base_hash, write_safetensors, write_text
 
 FORMAT_VERSION = 1
 SKETCH = 16  # entries kept of each row of A and column of B

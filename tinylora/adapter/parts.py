@@ -17,7 +17,7 @@ from tinylora import prng
 from tinylora.adapter.basis import compute_basis
 from tinylora.adapter.config import DTYPES, TinyLoRAConfig
 from tinylora.errors import InputError
-from tinylora.files import content_hash
+from tinylora.files import base_hash, content_hash, joint_hash
 from tinylora.model.config import PROJECTIONS, module_name
 
 
@@ -73,7 +73,7 @@ class Parts:
 
     @property
     def projection_hash(self) -> str:
-        return _hash(*(p.numpy().tobytes() for p in self.projections.values()))
+        return joint_hash(*(p.numpy().tobytes() for p in self.projections.values()))
 
 
 def draw_parts(config: TinyLoRAConfig, base: Base) -> Parts:
@@ -83,7 +83,7 @@ def draw_parts(config: TinyLoRAConfig, base: Base) -> Parts:
     if config.r > smallest:
         raise InputError(f"--r {config.r}: the smallest adapted weight has only {smallest} rows or columns")
     first = next(iter(weights.values()))
-    key = _hash(*(base.digests.get(f"{name}.weight", "") for name in weights), str(first.dtype))
+    key = joint_hash(*(base.digests.get(f"{name}.weight", "") for name in weights), str(first.dtype))
     factors = compute_basis(weights, config.r, key, config.basis)
     return Parts(config.tie(list(weights)), {name: projection_of(config, name) for name in weights}, factors)
 
@@ -100,15 +100,3 @@ def projection_of(config: TinyLoRAConfig, module: str) -> Tensor:
     else:
         place = xxhash.xxh3_64_intdigest(module.encode()) | 1 << 63
     return (prng.normal((config.u, config.r, config.r), config.p_seed, place) / math.sqrt(config.r)).float()
-
-
-def base_hash(digests: dict[str, str]) -> str:
-    """Of a base whose parameters have these content hashes, by name."""
-    return _hash(*(part for item in sorted(digests.items()) for part in item))
-
-
-def _hash(*parts: str | bytes) -> str:
-    h = xxhash.xxh3_128()
-    for part in parts:
-        h.update(part.encode() if isinstance(part, str) else part)
-    return h.hexdigest()

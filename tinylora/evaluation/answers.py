@@ -15,11 +15,10 @@ from tqdm import tqdm
 
 import tinylora
 from tinylora.adapter.on_decoder import Adapter
-from tinylora.adapter.parts import base_hash
 from tinylora.engine.rollout import Sampling, rollout
 from tinylora.engine.text import Text
 from tinylora.evaluation.scores import Answer, Scored, Scores
-from tinylora.files import cache_dir
+from tinylora.files import base_hash, cache_dir
 from tinylora.kernels import dispatch
 from tinylora.model.decoder import Decoder, Matrices
 from tinylora.tasks.grader import Grader

@@ -1,1 +1,1 @@
-"""GRPO, left to right: task -> rollout -> rewards -> advantages -> update. Each file talks to its neighbours alone."""
+"""The algorithms and the loop: settings and budget, a run and what a step may do to it, grpo, sft and es, the trainer above all."""

@@ -7,6 +7,7 @@ There are no log-probs to compare, no activations and no autograd: a step is a r
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from tinylora.adapter.on_decoder import Adapter
 from tinylora.model.decoder import Matrices
 from tinylora.rl.run import Run
 from tinylora.rl.step import Clock, dead_groups, draw, finish, length_metrics, reward_metrics, roll_out, stacked
-from tinylora.tasks.sets import Row
 
 NOISE_STREAM = 0xE5  # names the stream of eps
 
@@ -28,7 +28,7 @@ def noise(v: Tensor, rows: int, seed: int, step: int) -> Tensor:
 
 
 @torch.no_grad()
-def es_step(runs: Sequence[Run]) -> list[Row]:
+def es_step(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One step of each run; returns their metrics rows."""
     clock, shares = Clock(), draw(runs)
     eps: list[Tensor] = []

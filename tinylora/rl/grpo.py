@@ -1,6 +1,7 @@
 """GRPO: a rollout, advantages of each prompt's group, and the optimizer's steps on the group-relative loss."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -8,10 +9,9 @@ from tinylora.rl.consistency import require_same_policy
 from tinylora.rl.run import Run
 from tinylora.rl.step import Clock, dead_groups, draw, finish, length_metrics, reward_metrics, roll_out, stacked
 from tinylora.rl.update import Batch, update
-from tinylora.tasks.sets import Row
 
 
-def grpo_step(runs: Sequence[Run]) -> list[Row]:
+def grpo_step(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One step of each run; returns their metrics rows."""
     clock, shares = Clock(), draw(runs)
     with torch.no_grad():
@@ -27,9 +27,9 @@ def grpo_step(runs: Sequence[Run]) -> list[Row]:
     ]
 
 
-def _descend(t: Run, batch: Batch) -> Row:
+def _descend(t: Run, batch: Batch) -> dict[str, Any]:
     """A run's optimizer steps on its batch; the metrics of the first."""
-    first: Row = {}
+    first: dict[str, Any] = {}
     for iteration in range(t.config.num_iterations):
         t.optimizer.zero_grad(set_to_none=True)
         metrics = update(t.policy, batch, t.config, t.plan)

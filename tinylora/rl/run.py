@@ -17,17 +17,17 @@ from torch import Tensor
 import tinylora
 from tinylora import prng
 from tinylora.adapter.on_decoder import Adapter
-from tinylora.adapter.parts import base_hash
 from tinylora.engine.rollout import Sampling
 from tinylora.engine.text import Text
 from tinylora.errors import InputError
+from tinylora.files import base_hash
 from tinylora.model.decoder import Decoder
 from tinylora.rl.baselines import Baseline
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.consistency import fix_capacity
 from tinylora.rl.memory import plan_memory
 from tinylora.rl.rewards import CONTROLS, load_reward
-from tinylora.rl.run_directory import V_IN_METRICS, RunDirectory, is_step
+from tinylora.rl.run_directory import V_IN_METRICS, Metrics, RunDirectory, is_step
 from tinylora.rl.update import Policy
 from tinylora.tasks.builtin import BUILTIN_MODELS
 from tinylora.tasks.grader import Grader
@@ -105,7 +105,7 @@ class Run:
         return 0 < self.config.dead_steps <= self.steps_since_gradient()
 
     @property
-    def last_step(self) -> Row:
+    def last_step(self) -> Metrics:
         return next(r for r in reversed(self.run_directory.rows) if is_step(r))
 
     def steps_since_gradient(self) -> int:
@@ -125,7 +125,7 @@ class Run:
 
     # ---- how it moves on ------------------------------------------------------------------------------------------------
 
-    def descend(self) -> Row:
+    def descend(self) -> Metrics:
         """One step of Adam on the gradients that are there; InputError where one is not finite."""
         parameters = list(self.policy.named_parameters().values())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
@@ -138,7 +138,7 @@ class Run:
         self.optimizer.step()
         return {"grad_norm": norm, "learning_rate": learning_rate}
 
-    def advance(self, tokens: int) -> tuple[Row, Row]:
+    def advance(self, tokens: int) -> tuple[Metrics, Metrics]:
         """Count a finished step: the metrics that begin its row, and those of the adapter."""
         self.step += 1
         self.num_tokens += tokens
@@ -161,7 +161,7 @@ class Run:
 
     # ---- its checkpoint -------------------------------------------------------------------------------------------------
 
-    def save_checkpoint(self, row: Row) -> None:
+    def save_checkpoint(self, row: Metrics) -> None:
         named = self.policy.named_parameters()
         tensors = dict(named)
         for name, p in named.items():
@@ -169,7 +169,7 @@ class Run:
         self.run_directory.save_checkpoint(tensors, row)
 
     @torch.no_grad()
-    def _restore(self, tensors: dict[str, Tensor], row: Row) -> None:
+    def _restore(self, tensors: dict[str, Tensor], row: Metrics) -> None:
         for name, p in self.policy.named_parameters().items():
             p.copy_(tensors[name])
             state = {k: tensors[f"adam.{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq")}

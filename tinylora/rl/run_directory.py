@@ -21,29 +21,29 @@ CLOCK_METRICS = ("step_time", "rollout_time", "reward_time", "update_time", "tok
 FREE_SETTINGS = ("output_dir", "save_steps", "logging_steps")
 V_IN_METRICS = 1024  # trained numbers up to which each step's v is in its metrics row; above, in a file of its own
 
-Row = dict[str, Any]
+Metrics = dict[str, Any]  # a line of metrics.jsonl, and whatever else is stored as JSON
 
 
-def is_step(row: Row) -> bool:
+def is_step(row: Metrics) -> bool:
     """Whether a metrics row is a training step's, and not an evaluation's."""
     return "step_time" in row
 
 
-def changed_settings(old: Row, new: Row) -> list[tuple[str, Any, Any]]:
+def changed_settings(old: Metrics, new: Metrics) -> list[tuple[str, Any, Any]]:
     """(name, stored value, wanted value) of the settings in which a run as stored differs from the one wanted."""
     wanted = json.loads(json.dumps(new))  # as JSON keeps them
     return [(k, old.get(k), v) for k, v in wanted.items() if k not in FREE_SETTINGS and v != old.get(k)]
 
 
 class RunDirectory:
-    def __init__(self, path: Path, about: Row, resume: bool) -> None:
+    def __init__(self, path: Path, about: Metrics, resume: bool) -> None:
         """Start a run in `path`, or take up the one that is there. `about` is what config.json says.
 
         InputError where the directory cannot be written, already holds a run, or holds a different one.
         """
         self.path = path
-        self.rows: list[Row] = []
-        self.checkpoint: tuple[dict[str, Tensor], Row] | None = None
+        self.rows: list[Metrics] = []
+        self.checkpoint: tuple[dict[str, Tensor], Metrics] | None = None
         stored = _read_json(path / "config.json")
         if stored is not None and not resume:
             raise InputError(f"--output-dir {path} already holds a run; add --resume to continue it, or choose another")
@@ -59,7 +59,7 @@ class RunDirectory:
         except OSError as error:
             raise InputError(f"--output-dir {path} cannot be written: {error.strerror}") from None
 
-    def _take_up(self, stored: Row, about: Row) -> None:
+    def _take_up(self, stored: Metrics, about: Metrics) -> None:
         new = about["settings"]
         if changed := changed_settings(stored["settings"], new):
             said = ", ".join(f"{k} was {old!r}, now {wanted!r}" for k, old, wanted in changed)
@@ -88,7 +88,7 @@ class RunDirectory:
             self.rows.append(self.checkpoint[1])
         write_text(metrics, "".join(json.dumps(r) + "\n" for r in self.rows))
 
-    def save_checkpoint(self, tensors: dict[str, Tensor], row: Row) -> None:
+    def save_checkpoint(self, tensors: dict[str, Tensor], row: Metrics) -> None:
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         write_safetensors(self.path / "checkpoint" / "state.safetensors", tensors, {"row": json.dumps(row)})
 
@@ -96,7 +96,7 @@ class RunDirectory:
         """Keep a step's v where it is too long for the metrics."""
         write_safetensors(self.path / "checkpoint" / "v" / f"step-{step:06d}.safetensors", {"v": v.detach().cpu().contiguous()})
 
-    def append(self, row: Row) -> None:
+    def append(self, row: Metrics) -> None:
         """Add a metrics row; its bytes are handed to the system at once."""
         self.rows.append(row)
         with open(self.path / "metrics.jsonl", "a") as file:
@@ -105,10 +105,10 @@ class RunDirectory:
     def has_evaluation_row(self, step: int) -> bool:
         return any(r["step"] == step and "eval/n" in r for r in self.rows)
 
-    def load_evaluation(self, step: int) -> Row | None:
+    def load_evaluation(self, step: int) -> Metrics | None:
         return _read_json(self.path / "evaluations" / f"step-{step:06d}.json")
 
-    def save_evaluation(self, step: int, scores: Row) -> None:
+    def save_evaluation(self, step: int, scores: Metrics) -> None:
         write_text(self.path / "evaluations" / f"step-{step:06d}.json", json.dumps(scores) + "\n")
 
 
@@ -131,7 +131,7 @@ def v_at_step(path: Path, step: int) -> Tensor:
     raise InputError(f"the run in {path} has no step {step}")
 
 
-def _read_json(path: Path) -> Row | None:
+def _read_json(path: Path) -> Metrics | None:
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):

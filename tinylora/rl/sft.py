@@ -8,6 +8,7 @@ built-in task's solutions in another style.
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def solution(row: Row, text: Text, source: str) -> Completion:
     return Completion([*tokens, text.tokenizer.eos_token_id], [], True)
 
 
-def sft_step(runs: Sequence[Run]) -> list[Row]:
+def sft_step(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One step of each run; returns their metrics rows."""
     c, clock, shares = runs[0].config, Clock(), draw(runs)
     if c.sft_data == "own":
@@ -58,7 +59,7 @@ def sft_step(runs: Sequence[Run]) -> list[Row]:
     return [finish(s, clock, {**m, **_sampled(s)}, _tokens(d)) for s, m, d in zip(shares, rows, data, strict=True)]
 
 
-def _sampled(s: Share) -> Row:
+def _sampled(s: Share) -> dict[str, Any]:
     return {**reward_metrics(s), **length_metrics(s)} if s.completions else {}
 
 

@@ -19,6 +19,7 @@ from tinylora.model.decoder import Matrices
 from tinylora.rl.advantages import Advantages, compute_advantages
 from tinylora.rl.rewards import call_reward, random_rewards
 from tinylora.rl.run import Run
+from tinylora.rl.run_directory import Metrics
 from tinylora.tasks.grading import Verdict
 from tinylora.tasks.sets import Row
 
@@ -68,7 +69,7 @@ class Clock:
     def mark(self) -> None:
         self.marks.append(time.perf_counter())
 
-    def metrics(self, tokens: int, sampled: int) -> Row:
+    def metrics(self, tokens: int, sampled: int) -> Metrics:
         began, rolled_out, rewarded, ended = self.marks
         return {
             "step_time": ended - began,
@@ -143,7 +144,7 @@ def stacked(each: Sequence[Matrices | None]) -> Matrices | None:
 # ---- metrics ------------------------------------------------------------------------------------------------------------
 
 
-def finish(s: Share, clock: Clock, metrics: Row, trained_tokens: int = 0) -> Row:
+def finish(s: Share, clock: Clock, metrics: Metrics, trained_tokens: int = 0) -> Metrics:
     """The step's row; the run's counters move on. `trained_tokens`: prompts and solutions, where nothing was sampled."""
     sampled = sum(len(x.tokens) for x in s.completions)
     prompts = sum(map(len, s.prompts)) * s.run.config.num_generations
@@ -152,7 +153,7 @@ def finish(s: Share, clock: Clock, metrics: Row, trained_tokens: int = 0) -> Row
     return {**head, **metrics, **adapter, **clock.metrics(tokens, sampled)}
 
 
-def dead_groups(a: Advantages) -> Row:
+def dead_groups(a: Advantages) -> Metrics:
     return {
         "frac_reward_zero_std": a.zero_std,
         "frac_reward_zero_std/all_right": a.all_right,
@@ -160,13 +161,13 @@ def dead_groups(a: Advantages) -> Row:
     }
 
 
-def reward_metrics(s: Share) -> Row:
+def reward_metrics(s: Share) -> Metrics:
     mean, std = _number(s.rewards.nanmean()), _number(s.rewards[~s.rewards.isnan()].std())
     name = s.run.reward_name
     return {"reward": mean, "reward_std": std, f"rewards/{name}/mean": mean, f"rewards/{name}/std": std}
 
 
-def length_metrics(s: Share) -> Row:
+def length_metrics(s: Share) -> Metrics:
     lengths = torch.tensor([float(len(x.tokens)) for x in s.completions])
     finished = torch.tensor([x.finished for x in s.completions])
     return {

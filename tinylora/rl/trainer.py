@@ -23,8 +23,8 @@ from tinylora.rl.es import es_step
 from tinylora.rl.grpo import grpo_step
 from tinylora.rl.rewards import CONTROLS
 from tinylora.rl.run import Inputs, Run
+from tinylora.rl.run_directory import Metrics
 from tinylora.rl.sft import sft_step, solution
-from tinylora.tasks.grader import Grader, GraderPool
 from tinylora.tasks.sets import Row, load_task
 
 STEPS = {"grpo": grpo_step, "sft": sft_step, "es": es_step}
@@ -51,14 +51,14 @@ class Trainer(Run):
         train_together([self])
         return self.step == self.max_steps
 
-    def record(self, row: Row) -> None:
+    def record(self, row: Metrics) -> None:
         """Keep a finished step."""
         if self.step % self.config.save_steps == 0 or self.step == self.max_steps or self.stop:
             self.save_checkpoint(row)
         self.run_directory.append(row)
         self._evaluate_if_due()
 
-    def _train_step(self) -> Row:
+    def _train_step(self) -> Metrics:
         """One step of this run alone."""
         return STEPS[self.config.algorithm]([self])[0]
 
@@ -132,9 +132,7 @@ def load_inputs(config: TrainConfig) -> Inputs:
             print(f"{dropped} {kind} prompts leave no room for {most} tokens and are not used")
         return found
 
-    # The built-in task's answers are plain numbers, and need no process of their own.
-    pool = GraderPool() if task.has_answers and config.dataset != "builtin" else None
-    grader = Grader(task.answer_format, pool) if task.has_answers else None
+    grader = task.grader() if task.has_answers else None
     train = fitting(task.train, "training")
     test = fitting(task.test[: config.eval_size], "test") if task.has_answers else []
     held_out = min(config.validation_size, len(train) // 10) if config.eval_steps and task.has_answers else 0
@@ -209,7 +207,7 @@ def train_population(configs: Sequence[TrainConfig], resume: Container[str | Non
     return [t.run_directory.path for t in trainers]
 
 
-def _progress_line(row: Row) -> str:
+def _progress_line(row: Metrics) -> str:
     speed = f"{row['tokens_per_second']:,.0f} tok/s"
     norm = f"|v| {row['adapter/norm']:.3f}, " if "adapter/norm" in row else ""
     if "frac_reward_zero_std" not in row:

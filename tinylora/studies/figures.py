@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from tinylora.evaluation.statistics import wilson
-from tinylora.rl.run_directory import Row, is_step
+from tinylora.rl.run_directory import Metrics, is_step
 from tinylora.studies.results import by, counts, is_number, spread
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -76,7 +76,7 @@ def picture(figure: Figure, axes: Any, name: str, caption: str, alt: Sequence[st
 # ---- one run ------------------------------------------------------------------------------------------------------------
 
 
-def run_pictures(rows: Sequence[Row], settings: Row) -> list[Picture]:
+def run_pictures(rows: Sequence[Metrics], settings: Metrics) -> list[Picture]:
     """The figures of a run, by the metrics that its rows have."""
     steps = [row for row in rows if is_step(row)]
     batch = f"{settings['prompts_per_step']} prompts x {settings['num_generations']} completions"
@@ -107,12 +107,12 @@ def run_pictures(rows: Sequence[Row], settings: Row) -> list[Picture]:
     return found
 
 
-def _line(rows: Sequence[Row], metric: str) -> tuple[list[int], list[float]]:
+def _line(rows: Sequence[Metrics], metric: str) -> tuple[list[int], list[float]]:
     found = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
     return [x for x, _ in found], [y for _, y in found]
 
 
-def _held_out(axes: Any, rows: Sequence[Row]) -> str:
+def _held_out(axes: Any, rows: Sequence[Metrics]) -> str:
     """Accuracies on rows that are not trained on, with their intervals; returns what the caption says of them."""
     said = ""
     for i, (kind, label) in enumerate((("eval", "held-out problems"), ("validation", "held-out training rows")), 2):
@@ -141,7 +141,7 @@ def _path(v: Any) -> Picture:
 # ---- a study ------------------------------------------------------------------------------------------------------------
 
 
-def study_pictures(about: Row, results: Sequence[Row], curves: dict[str, list[list[float]]]) -> list[Picture]:
+def study_pictures(about: Metrics, results: Sequence[Metrics], curves: dict[str, list[list[float]]]) -> list[Picture]:
     """Figures of a study's results, which are in the table's order; `curves` are each arm's rewards, by seed and step."""
     axis = about.get("x")
     places = {"x": about.get("x_label") or axis or ""}  # where a row's place on the axis is -> what the axis is called
@@ -157,7 +157,7 @@ def study_pictures(about: Row, results: Sequence[Row], curves: dict[str, list[li
         return found + _learning(results, curves)
 
 
-def _caption(results: Sequence[Row]) -> str:
+def _caption(results: Sequence[Metrics]) -> str:
     seeds = [len(rows) for rows in by(results, "arm").values()]
     few = " With so few seeds the interval is too narrow." if min(seeds) < 8 else ""
     n = counts([row["n"] for row in results])
@@ -166,7 +166,7 @@ def _caption(results: Sequence[Row]) -> str:
     )
 
 
-def _bases(results: Sequence[Row], kind: str) -> dict[str, float]:
+def _bases(results: Sequence[Metrics], kind: str) -> dict[str, float]:
     """Accuracy of each base model before training, over all runs."""
     models: dict[str, list[float]] = {}
     for row in results:
@@ -185,7 +185,7 @@ def _point(axes: Any, place: float, values: Sequence[float], i: int, sideways: b
     return mean
 
 
-def _against(results: Sequence[Row], kind: str, place: str, label: str, logarithmic: bool) -> Picture:
+def _against(results: Sequence[Metrics], kind: str, place: str, label: str, logarithmic: bool) -> Picture:
     """Accuracy by a numeric x, a line a series; a series without an x, or named full, is a level."""
     figure, axes = canvas(f"{kind.capitalize()} accuracy", label, "accuracy, % of problems", 3.4)
     series, alt, levels = by(results, "series"), [], {}
@@ -222,7 +222,7 @@ def _against(results: Sequence[Row], kind: str, place: str, label: str, logarith
     return picture(figure, axes, f"{kind}-{place}", _caption(results) + " Series are drawn a little apart.", alt)
 
 
-def _beside(results: Sequence[Row], kind: str) -> Picture:
+def _beside(results: Sequence[Metrics], kind: str) -> Picture:
     """Accuracy of arms that have no numeric x: a row each."""
     arms, series = by(results, "arm"), list(by(results, "series"))
     names = [textwrap.fill(name, 24) for name in arms]
@@ -243,7 +243,7 @@ def _beside(results: Sequence[Row], kind: str) -> Picture:
     return picture(figure, axes, f"{kind}-arms", _caption(results) + " Colours and markers are series.", alt)
 
 
-def _learning(results: Sequence[Row], curves: dict[str, list[list[float]]]) -> list[Picture]:
+def _learning(results: Sequence[Metrics], curves: dict[str, list[list[float]]]) -> list[Picture]:
     """Reward over steps, an arm a line: in one figure, or where those are too many in one a series."""
     drawn = {arm: np.array([c[: min(map(len, own))] for c in own]) for arm, own in curves.items()}  # (seeds, steps)
     groups = by(results, "series") if len(drawn) > len(COLOURS) else {"": list(results)}

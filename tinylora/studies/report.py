@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tinylora.errors import InputError
 from tinylora.evaluation.statistics import paired_difference, wilson
 from tinylora.files import write_text
-from tinylora.rl.run_directory import Row
+from tinylora.rl.run_directory import Metrics
 from tinylora.studies.results import by, counts, counts_to_reach, is_number, spread
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def html_figures(pictures: Sequence["Picture"]) -> str:
     return f'<div class="figures">\n{"".join(parts)}</div>\n'
 
 
-def read(path: Path, lines: bool = False) -> list[Row]:
+def read(path: Path, lines: bool = False) -> list[Metrics]:
     """The JSON object of a file, or of each of its lines. InputError where there is none or one is torn."""
     try:
         text = path.read_text()
@@ -118,7 +118,7 @@ def study_section(path: Path) -> tuple[str, str, list["Picture"]]:
     return title, said + html_figures(pictures) + table + numbers_needed(about, results), pictures
 
 
-def numbers_needed(about: Row, results: Sequence[Row]) -> str:
+def numbers_needed(about: Metrics, results: Sequence[Metrics]) -> str:
     """How many trained numbers each series needs for a share of the best arm's gain, beside the first series.
 
     Empty where the study is not about that, or its series do not share two seeds or more.
@@ -194,7 +194,7 @@ def before_and_after(path: Path, last: int) -> str:
     return html_table([f"{n:,} held-out problems", "base [95 %]", "trained [95 %]", "paired gain [95 %]"], lines)
 
 
-def answers(path: Path, settings: Row) -> str:
+def answers(path: Path, settings: Metrics) -> str:
     """The first held-out problems with the greedy answers of base and adapter, or why they are not there."""
     title = "<h3>Answers before and after</h3>\n"
     try:
@@ -211,7 +211,7 @@ def answers(path: Path, settings: Row) -> str:
     return f"{title}<p>The first {len(found)} held-out problems, not chosen; greedy.</p>\n{''.join(parts)}"
 
 
-def greedy_answers(path: Path, settings: Row) -> list[tuple[str, str, list[tuple[str, bool]]]]:
+def greedy_answers(path: Path, settings: Metrics) -> list[tuple[str, str, list[tuple[str, bool]]]]:
     """(question, gold answer, (text, right) of base and trained). InputError where the base or the adapter is not at hand."""
     from tinylora.adapter.on_decoder import Adapter  # this and the rest load torch, which no other part of a report needs
     from tinylora.engine.text import Text, fitting_rows
@@ -220,7 +220,6 @@ def greedy_answers(path: Path, settings: Row) -> list[tuple[str, str, list[tuple
     from tinylora.model.decoder import Decoder
     from tinylora.model.loader import load_model
     from tinylora.tasks.builtin import BUILTIN_MODELS
-    from tinylora.tasks.grader import Grader, GraderPool
     from tinylora.tasks.sets import load_task
 
     base, data, method = settings["model"], settings["dataset"], settings.get("method")
@@ -241,7 +240,7 @@ def greedy_answers(path: Path, settings: Row) -> list[tuple[str, str, list[tuple
         policies[1] = load_model(str(path / "adapter"), settings["device"]), None
     else:
         policies[1] = model, load_adapter(path, model)
-    grader = Grader(task.answer_format, None if data == "builtin" else GraderPool())
+    grader = task.grader()
     try:
         scored = [answer(m, adapter, text, rows, grader, length, "answers") for m, adapter in policies]
     finally:

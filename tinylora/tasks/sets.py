@@ -13,6 +13,7 @@ from typing import Any
 
 from tinylora.errors import InputError
 from tinylora.tasks import builtin as problems
+from tinylora.tasks.grader import Grader, GraderPool
 from tinylora.tasks.grading import extract_boxed, extract_strict
 from tinylora.tasks.prompts import FORMATS, messages
 
@@ -33,6 +34,10 @@ class Task:
     @property
     def has_answers(self) -> bool:
         return all("answer" in row for row in (self.train or self.test)[:1])
+
+    def grader(self) -> Grader:
+        """Of this task's answers; close it. The built-in task's are plain numbers, and need no process of their own."""
+        return Grader(self.answer_format, None if self.name == "builtin" else GraderPool())
 
 
 class Unusable(Exception):
