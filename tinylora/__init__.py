@@ -1,18 +1,11 @@
 """tinylora: a handful of numbers trained on a frozen language model by reinforcement learning.
 
-The names below are imported when they are first asked for, so that grading and settings load no PyTorch.
+The names below are imported when they are first asked for, so that grading and settings load no PyTorch; type checkers read
+__init__.pyi.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from tinylora.adapter.attached import AttachedAdapter, attach
-    from tinylora.adapter.config import TinyLoRAConfig
-    from tinylora.adapter.on_decoder import Adapter
-    from tinylora.errors import InputError
-    from tinylora.loading import load_adapter
-    from tinylora.model.loader import load_model
+from typing import Any
 
 __version__ = "0.1.0"
 

@@ -19,7 +19,8 @@ from tinylora.rl.baselines import LORA_ALPHA, Baseline, decoder_tensors
 from tinylora.rl.config import TrainConfig, preset
 from tinylora.rl.dry_run import trained_numbers
 from tinylora.rl.memory import MemoryPlan
-from tinylora.rl.sft import sft_update, solution
+from tinylora.rl.sft import sft_update
+from tinylora.rl.solutions import solution
 from tinylora.rl.trainer import Trainer
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [5, 6, 7]]

@@ -6,6 +6,7 @@ import torch
 
 from tinylora.model.decoder import Decoder
 
+MOST_SLOTS = {"cpu": 2048, "cuda": 256}  # beyond these a step's time grows as fast as its tokens
 MOST_CACHE = {"cpu": 4 << 30, "cuda": 24 << 30}  # bytes of keys and values, unless the caller says
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tinylora.engine import memory
+from tinylora.engine.memory import MOST_SLOTS
 from tinylora.engine.scheduler import Running, Scheduler
-from tinylora.engine.slots import MOST_SLOTS, Kept, Sampling, Slots, buckets
+from tinylora.engine.slots import Kept, Sampling, Slots, buckets
 from tinylora.errors import InputError
 from tinylora.kernels import native
 from tinylora.kernels.linear import fp32_sums

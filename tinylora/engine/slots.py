@@ -26,7 +26,6 @@ from tinylora.model.cache import KVCache
 from tinylora.model.decoder import Decoder, Matrices
 
 WIDE = 4096  # tokens of a large vocabulary
-MOST_SLOTS = {"cpu": 2048, "cuda": 256}  # beyond these a step's time grows as fast as its tokens
 GPU_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)  # a graph each: capturing one of a 7B model takes 40 ms of the host
 
 

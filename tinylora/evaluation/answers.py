@@ -1,16 +1,13 @@
 """Answers to held-out problems, sampled and greedy: from the engine, or from the cache where they have been given before.
 
 Completions and verdicts lie on disk by everything that they depend on: an evaluation that is cut off goes on, and one that is
-run again generates nothing. A store is one file of JSON lines, named by a hash of what all its entries share. Lines are
-appended as they come; one that a kill tore is dropped.
+run again generates nothing.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import xxhash
 from tqdm import tqdm
 
 import tinylora
@@ -18,7 +15,8 @@ from tinylora.adapter.on_decoder import Adapter
 from tinylora.engine.rollout import Sampling, rollout
 from tinylora.engine.text import Text
 from tinylora.evaluation.scores import Answer, Scored, Scores
-from tinylora.files import base_hash, cache_dir
+from tinylora.evaluation.store import Store, digest
+from tinylora.files import base_hash
 from tinylora.kernels import dispatch
 from tinylora.model.decoder import Decoder, Matrices
 from tinylora.tasks.grader import Grader
@@ -28,36 +26,6 @@ from tinylora.tasks.sets import Row
 CHUNK = 512  # completions generated between two writes
 
 EVAL_SEED = 1 << 32  # sampling streams of evaluations, away from training's
-
-
-def digest(*parts: Any) -> str:
-    return xxhash.xxh3_128(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-class Store:
-    """A dictionary that lives in evaluations/KIND-KEY.jsonl of the cache's folder."""
-
-    def __init__(self, kind: str, key: str) -> None:
-        self.path = cache_dir() / "evaluations" / f"{kind}-{key}.jsonl"
-        self.entries: dict[str, Any] = {}
-        try:
-            whole, _, torn = self.path.read_text().rpartition("\n")
-        except OSError:
-            return
-        for line in whole.split("\n"):
-            try:
-                self.entries.update([json.loads(line)])
-            except ValueError:
-                continue
-        if torn:
-            with open(self.path, "a") as file:
-                file.write("\n")  # so that what follows starts a line of its own
-
-    def add(self, entries: dict[str, Any]) -> None:
-        self.entries.update(entries)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.write("".join(json.dumps(entry) + "\n" for entry in entries.items()))
 
 
 def sample(

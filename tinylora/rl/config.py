@@ -27,6 +27,7 @@ BUILTIN_PRESET: dict[str, Any] = {
     "scale_rewards": "batch",
 }
 
+CONTROLS = ("random", "format-only")  # rewards that know nothing of the answer: what a gain has to be measured against
 GONE = ("show_prompt", "dry_run", "resume")  # settings in the config.json of older versions: now flags of the command alone
 
 # Where nothing is said: full at a tenth of LoRA's rate (Schulman et al. 2025); on the built-in base larger ones.
@@ -216,6 +217,11 @@ class TrainConfig:
             raise InputError("--data needs a task that reads rows: add --dataset gsm8k")
         if self.reward == "format-only" and self.dataset not in ("builtin", *KNOWN):
             raise InputError(f"--reward format-only: {self.dataset} asks for no format of answers")
+
+    @property
+    def own_reward(self) -> bool:
+        """Whether the reward is a function of the user's."""
+        return self.reward not in (None, *CONTROLS)
 
     @property
     def adapter(self) -> TinyLoRAConfig:

@@ -12,7 +12,6 @@ from tinylora.model.cache import KVCache
 from tinylora.model.config import PROJECTIONS, ModelConfig
 from tinylora.model.loader import resolve_model
 from tinylora.rl.config import LEARNING_RATES, TrainConfig
-from tinylora.rl.rewards import CONTROLS
 from tinylora.tasks.prompts import messages
 from tinylora.tasks.sets import KNOWN, Row, load_task
 
@@ -114,5 +113,5 @@ def dry_run(c: TrainConfig, recipe: str | None) -> str:
 
 def first_row(c: TrainConfig) -> Row | None:
     """The task's first training row; None where it has none."""
-    task = load_task(c.dataset, c.data, c.prompt_style, ("train",), needs_answers=c.reward in (None, *CONTROLS))
+    task = load_task(c.dataset, c.data, c.prompt_style, ("train",), needs_answers=not c.own_reward)
     return task.train[0] if task.train else None

@@ -9,8 +9,7 @@ A frozen linear keeps t alone; the rest is what norms, attention and SwiGLU need
 
 from dataclasses import dataclass
 
-from tinylora.engine.memory import free_bytes
-from tinylora.engine.slots import MOST_SLOTS
+from tinylora.engine.memory import MOST_SLOTS, free_bytes
 from tinylora.errors import InputError
 from tinylora.model.cache import KVCache
 from tinylora.model.decoder import Decoder

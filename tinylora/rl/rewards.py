@@ -19,7 +19,6 @@ from tinylora.errors import InputError
 
 RewardFunction = Callable[..., list[float | None]]
 
-CONTROLS = ("random", "format-only")  # rewards that know nothing of the answer: what a gain has to be measured against
 _RANDOM_STREAM = 0x8A2D  # names the stream of random rewards
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,35 +17,19 @@ import tinylora
 from tinylora import prng
 from tinylora.adapter.on_decoder import Adapter
 from tinylora.engine.rollout import Sampling
-from tinylora.engine.text import Text
 from tinylora.errors import InputError
 from tinylora.files import base_hash
-from tinylora.model.decoder import Decoder
 from tinylora.rl.baselines import Baseline
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.consistency import fix_capacity
+from tinylora.rl.inputs import Inputs
 from tinylora.rl.memory import plan_memory
-from tinylora.rl.rewards import CONTROLS, load_reward
+from tinylora.rl.rewards import load_reward
 from tinylora.rl.run_directory import V_IN_METRICS, Metrics, RunDirectory, is_step
 from tinylora.rl.update import Policy
 from tinylora.tasks.builtin import BUILTIN_MODELS
-from tinylora.tasks.grader import Grader
-from tinylora.tasks.sets import Row
 
 ORDER_STREAM = 0x0D3  # names the stream of the prompts' order
-
-
-@dataclass
-class Inputs:
-    """The base and the task, loaded once for all runs on them."""
-
-    model: Decoder
-    text: Text
-    grader: Grader | None  # None: the rows have no answers
-    train_rows: list[Row]
-    test_rows: list[Row]
-    validation_rows: list[Row]
-    prompts: list[list[int]]  # of all rows
 
 
 class Run:
@@ -57,9 +40,8 @@ class Run:
         self.config, self.inputs = config, inputs
         self.model, self.text, self.grader = inputs.model, inputs.text, inputs.grader
         self.train_rows = inputs.train_rows
-        own = config.reward not in (None, *CONTROLS)
-        self.reward = load_reward(config.reward or "") if own else None
-        self.reward_name = getattr(self.reward, "__name__", "reward") if own else (config.reward or "accuracy")
+        self.reward = load_reward(config.reward or "") if config.own_reward else None
+        self.reward_name = getattr(self.reward, "__name__", "reward") if self.reward else (config.reward or "accuracy")
         if len(self.train_rows) < config.prompts_per_step:
             raise InputError(
                 f"--prompts-per-step {config.prompts_per_step}: the task has only {len(self.train_rows)} usable prompts"

@@ -108,6 +108,10 @@ class RunDirectory:
     def load_evaluation(self, step: int) -> Metrics | None:
         return _read_json(self.path / "evaluations" / f"step-{step:06d}.json")
 
+    def save_best(self, row: Metrics) -> None:
+        """The scores of the adapter in best/."""
+        write_text(self.path / "best" / "validation.json", json.dumps(row) + "\n")
+
     def save_evaluation(self, step: int, scores: Metrics) -> None:
         write_text(self.path / "evaluations" / f"step-{step:06d}.json", json.dumps(scores) + "\n")
 

@@ -6,7 +6,6 @@
 built-in task's solutions in another style.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,27 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinylora.engine.rollout import Completion
-from tinylora.engine.text import Text
-from tinylora.errors import InputError
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.rl.baselines import Baseline
 from tinylora.rl.memory import MemoryPlan
 from tinylora.rl.run import Run
+from tinylora.rl.solutions import solution
 from tinylora.rl.step import Clock, Share, draw, finish, length_metrics, reward_metrics, roll_out
 from tinylora.rl.update import Policy, accumulate, hidden_states
-from tinylora.tasks.sets import Row
 
 CHUNK = 1024  # tokens whose logits are in memory for the accuracy
-
-
-def solution(row: Row, text: Text, source: str) -> Completion:
-    """The row's solution as tokens with the end token. InputError where the row has none."""
-    column = "foreign" if source == "foreign" else "solution"
-    if not isinstance(row.get(column), str):
-        raise InputError(f"--algorithm sft: a row has no column {column!r} with text (it has {', '.join(sorted(row))})")
-    words = re.sub(r"<<[^>]*>>", "", row[column].strip())  # without GSM8K's calculator marks
-    tokens = text.tokenizer(words, add_special_tokens=False)["input_ids"]
-    return Completion([*tokens, text.tokenizer.eos_token_id], [], True)
 
 
 def sft_step(runs: Sequence[Run]) -> list[dict[str, Any]]:

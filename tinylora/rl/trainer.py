@@ -1,7 +1,6 @@
 """The loop: steps of one run, or of several that share the base, each followed by its checkpoint and metrics row."""
 
 import dataclasses
-import json
 import signal
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -11,21 +10,18 @@ import torch
 from tqdm import tqdm
 
 from tinylora.cli import flag
-from tinylora.engine.text import Text, fitting_rows
 from tinylora.errors import InputError
 from tinylora.evaluation.answers import evaluate
 from tinylora.evaluation.scores import Scores
-from tinylora.files import write_text
-from tinylora.model.decoder import Matrices
-from tinylora.model.loader import load_model
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.es import es_step
 from tinylora.rl.grpo import grpo_step
-from tinylora.rl.rewards import CONTROLS
-from tinylora.rl.run import Inputs, Run
+from tinylora.rl.inputs import load_inputs
+from tinylora.rl.progress import progress_line
+from tinylora.rl.run import Run
 from tinylora.rl.run_directory import Metrics
-from tinylora.rl.sft import sft_step, solution
-from tinylora.tasks.sets import Row, load_task
+from tinylora.rl.sft import sft_step
+from tinylora.tasks.sets import Row
 
 STEPS = {"grpo": grpo_step, "sft": sft_step, "es": es_step}
 VALIDATION = "validation/accuracy"
@@ -69,16 +65,16 @@ class Trainer(Run):
         stored = self.run_directory.load_evaluation(step)
         if stored is not None:
             return Scores(**stored)
-        with torch.no_grad():
-            matrices = self.policy.matrices() if step else None  # step 0 is the base model
         tqdm.write(f"step {step}: evaluating on {len(self.inputs.test_rows)} held-out problems")
-        scores = self._scores(self.inputs.test_rows, matrices)
+        scores = self._scores(self.inputs.test_rows, step)
         self.run_directory.save_evaluation(step, dataclasses.asdict(scores))
         return scores
 
-    def _scores(self, rows: list[Row], matrices: Matrices | None) -> Scores:
+    def _scores(self, rows: list[Row], step: int) -> Scores:
         c = self.config
         assert self.grader is not None
+        with torch.no_grad():
+            matrices = self.policy.matrices() if step else None  # step 0 is the base model
         # On a GPU in the room that training has, where its graphs are; on a CPU in as much as pays.
         cache = self.plan.cache if self.model.device.type == "cuda" else None
         length = c.max_completion_length
@@ -96,13 +92,11 @@ class Trainer(Run):
         before = {r["step"]: r[VALIDATION] for r in self.run_directory.rows if VALIDATION in r}
         if self.step in before:
             return
-        with torch.no_grad():
-            matrices = self.policy.matrices() if self.step else None  # step 0 is the base model
-        metrics = self._scores(self.inputs.validation_rows, matrices).metrics()
+        metrics = self._scores(self.inputs.validation_rows, self.step).metrics()
         row = {"step": self.step, **{name.replace("eval/", "validation/"): value for name, value in metrics.items()}}
         if before and row[VALIDATION] > max(before.values()):
             self.policy.save(self.run_directory.path / "best")
-            write_text(self.run_directory.path / "best" / "validation.json", json.dumps(row) + "\n")
+            self.run_directory.save_best(row)
         self.run_directory.append(row)
 
     def best_step(self) -> int | None:
@@ -111,38 +105,6 @@ class Trainer(Run):
         best = max(scores.values(), default=0.0)
         step = next((step for step, score in scores.items() if score == best), 0)
         return step or None
-
-
-def load_inputs(config: TrainConfig) -> Inputs:
-    """The model and the task's rows; says which rows are not used."""
-    model = load_model(config.model, config.device, config.dtype)
-    text, most = Text(model.path), config.max_completion_length
-    task = load_task(config.dataset, config.data, config.prompt_style, needs_answers=config.reward in (None, *CONTROLS))
-    for note in task.notes:
-        print(note)
-    if not task.train:
-        raise InputError(f"--dataset {config.dataset} has no training rows: it is for evaluation")
-    prompts: list[list[int]] = []
-
-    def fitting(rows: list[Row], kind: str) -> list[Row]:
-        """The rows whose prompt leaves room for a completion; says how many do not."""
-        found, ids = fitting_rows(rows, text, model.config.max_positions, most)
-        prompts.extend(ids)
-        if dropped := len(rows) - len(found):
-            print(f"{dropped} {kind} prompts leave no room for {most} tokens and are not used")
-        return found
-
-    grader = task.grader() if task.has_answers else None
-    train = fitting(task.train, "training")
-    test = fitting(task.test[: config.eval_size], "test") if task.has_answers else []
-    held_out = min(config.validation_size, len(train) // 10) if config.eval_steps and task.has_answers else 0
-    validation, train = train[:held_out], train[held_out:]
-    if config.algorithm == "sft" and config.sft_data != "own":
-        solved = [row for row in train if len(solution(row, text, config.sft_data).tokens) <= most]
-        if dropped := len(train) - len(solved):
-            print(f"{dropped} solutions are longer than --max-completion-length {most} and are not used")
-        train = solved
-    return Inputs(model, text, grader, train, test, validation, prompts)
 
 
 # ---- several runs at once: adapters of one base whose rollouts go through the engine together -----------------------------
@@ -172,7 +134,7 @@ def train_together(trainers: Sequence[Trainer]) -> None:
             for t, row in zip(running, STEPS[first.config.algorithm](running), strict=True):
                 t.record(row)
             if running[0].step % first.config.logging_steps == 0:
-                progress.set_postfix_str(_progress_line(running[0].last_step))
+                progress.set_postfix_str(progress_line(running[0].last_step))
             progress.update()
         progress.close()
     finally:
@@ -205,20 +167,3 @@ def train_population(configs: Sequence[TrainConfig], resume: Container[str | Non
     trainers += [Trainer(c, trainers[0], c.output_dir in resume) for c in configs[1:]]
     train_together(trainers)
     return [t.run_directory.path for t in trainers]
-
-
-def _progress_line(row: Metrics) -> str:
-    speed = f"{row['tokens_per_second']:,.0f} tok/s"
-    norm = f"|v| {row['adapter/norm']:.3f}, " if "adapter/norm" in row else ""
-    if "frac_reward_zero_std" not in row:
-        return f"loss {row['loss']:.4f}, {norm}{speed}"
-    dead = row["frac_reward_zero_std"]
-    if dead == 1:
-        right = row["frac_reward_zero_std/all_right"]
-        kind = "all right" if right == 1 else "all wrong" if right == 0 else "each all right or all wrong"
-        said = f"DEAD BATCH: every group is {kind}, nothing to learn from"
-    else:
-        said = f"{dead:.0%} dead groups"
-    reward = "none" if row["reward"] is None else f"{row['reward']:.3f}"
-    accuracy = f"accuracy {row['accuracy']:.1%}, " if "accuracy" in row else ""
-    return f"reward {reward}, {accuracy}{said}, {norm}{speed}"

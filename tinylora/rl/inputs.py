@@ -1,0 +1,57 @@
+"""The base and the task of a run: loaded once for all runs on them."""
+
+from dataclasses import dataclass
+
+from tinylora.engine.text import Text, fitting_rows
+from tinylora.errors import InputError
+from tinylora.model.decoder import Decoder
+from tinylora.model.loader import load_model
+from tinylora.rl.config import TrainConfig
+from tinylora.rl.solutions import solution
+from tinylora.tasks.grader import Grader
+from tinylora.tasks.sets import Row, load_task
+
+
+@dataclass
+class Inputs:
+    """The base and the task, loaded once for all runs on them."""
+
+    model: Decoder
+    text: Text
+    grader: Grader | None  # None: the rows have no answers
+    train_rows: list[Row]
+    test_rows: list[Row]
+    validation_rows: list[Row]
+    prompts: list[list[int]]  # of all rows
+
+
+def load_inputs(config: TrainConfig) -> Inputs:
+    """The model and the task's rows; says which rows are not used."""
+    model = load_model(config.model, config.device, config.dtype)
+    text, most = Text(model.path), config.max_completion_length
+    task = load_task(config.dataset, config.data, config.prompt_style, needs_answers=not config.own_reward)
+    for note in task.notes:
+        print(note)
+    if not task.train:
+        raise InputError(f"--dataset {config.dataset} has no training rows: it is for evaluation")
+    prompts: list[list[int]] = []
+
+    def fitting(rows: list[Row], kind: str) -> list[Row]:
+        """The rows whose prompt leaves room for a completion; says how many do not."""
+        found, ids = fitting_rows(rows, text, model.config.max_positions, most)
+        prompts.extend(ids)
+        if dropped := len(rows) - len(found):
+            print(f"{dropped} {kind} prompts leave no room for {most} tokens and are not used")
+        return found
+
+    grader = task.grader() if task.has_answers else None
+    train = fitting(task.train, "training")
+    test = fitting(task.test[: config.eval_size], "test") if task.has_answers else []
+    held_out = min(config.validation_size, len(train) // 10) if config.eval_steps and task.has_answers else 0
+    validation, train = train[:held_out], train[held_out:]
+    if config.algorithm == "sft" and config.sft_data != "own":
+        solved = [row for row in train if len(solution(row, text, config.sft_data).tokens) <= most]
+        if dropped := len(train) - len(solved):
+            print(f"{dropped} solutions are longer than --max-completion-length {most} and are not used")
+        train = solved
+    return Inputs(model, text, grader, train, test, validation, prompts)
