@@ -12,7 +12,9 @@ import pytest
 
 from tinylora.errors import InputError
 from tinylora.rl.rewards import call_reward, load_reward
-from tinylora.tasks.grading import extract_flexible, extract_strict, grade, same_number
+from tinylora.tasks.extraction import extract_flexible, extract_strict
+from tinylora.tasks.grading import grade
+from tinylora.tasks.numerals import same_number
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 ROWS = {"train": 7473, "test": 1319}

@@ -19,7 +19,7 @@ from PIL import Image
 from tinylora import train
 from tinylora.errors import InputError
 from tinylora.evaluation.statistics import wilson
-from tinylora.studies import figures, report
+from tinylora.studies import canvas, report, run_figures, study_figures
 
 # accuracies of three seeds, by number of trained numbers
 SEEDS = {
@@ -75,13 +75,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The axes of every figure by its name."""
-    seen, picture = {}, figures.picture
+    seen, picture = {}, canvas.picture
 
-    def keep(figure: Any, axes: Any, name: str, *rest: Any) -> figures.Picture:
+    def keep(figure: Any, axes: Any, name: str, *rest: Any) -> canvas.Picture:
         seen[name] = axes
         return picture(figure, axes, name, *rest)
 
-    monkeypatch.setattr(figures, "picture", keep)
+    for drawer in (run_figures, study_figures):
+        monkeypatch.setattr(drawer, "picture", keep)
     return seen
 
 
@@ -280,8 +281,8 @@ def test_in_a_browser(study: Path, run: Path, tmp_path: Path, width: int) -> Non
     assert found["inner"] == width and found["page"] <= width, found
     assert len(found["images"]) == 8 and all(natural > 0 for natural, _ in found["images"])
     assert all(box <= width - 32 for box in found["boxes"]) and len(found["boxes"]) == 3
-    inches = figures.STYLE["legend.fontsize"] / 72
-    dots = figures.STYLE["savefig.dpi"]  # to the inch, of the file's own pixels
+    inches = canvas.STYLE["legend.fontsize"] / 72
+    dots = canvas.STYLE["savefig.dpi"]  # to the inch, of the file's own pixels
     assert all(shown <= width - 32 and inches * dots * shown / natural > 9 for natural, shown in found["images"]), found
 
     browse(f"--screenshot={image}", page)

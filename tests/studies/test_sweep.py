@@ -12,6 +12,7 @@ import pytest
 from tinylora.errors import InputError
 from tinylora.rl.trainer import Trainer
 from tinylora.studies import sweep
+from tinylora.studies.study import config, read_study
 
 STUDY = """
 title = "What u does"
@@ -81,7 +82,7 @@ def test_a_study_its_choice_and_going_on(tmp_path):
     shutil.rmtree(out / "runs" / "rl--3-numbers" / "seed-0")
     shutil.rmtree(out / "runs" / "rl--3-numbers" / "seed-1" / "adapter")
     # So does one that was interrupted after its first step, which leaves an adapter.
-    interrupted = sweep.config(json.loads((out / "runs" / "es" / "seed-1" / "config.json").read_text())["settings"], 1, study)
+    interrupted = config(json.loads((out / "runs" / "es" / "seed-1" / "config.json").read_text())["settings"], 1, study)
     interrupted = replace(interrupted, output_dir=str(out / "runs" / "es" / "seed-1"))
     assert sweep.finished(interrupted)
     shutil.rmtree(interrupted.output_dir)
@@ -103,7 +104,7 @@ def test_an_arm_is_the_run_of_its_settings(tmp_path):
     study.write_text(STUDY)
     run(str(study), "--output-dir", str(out), "--quick", "--processes", "1")
     settings = {"max_steps": 1, "prompts_per_step": 2, "num_generations": 4, "eval_size": 16, "validation_size": 16}
-    alone = Trainer(sweep.config(settings | {"algorithm": "es", "sigma": 0.05}, 0, study, str(tmp_path / "alone")))
+    alone = Trainer(config(settings | {"algorithm": "es", "sigma": 0.05}, 0, study, str(tmp_path / "alone")))
     assert alone.train()
     files = [p / "adapter" / "adapter_model.safetensors" for p in (tmp_path / "alone", out / "runs" / "es" / "seed-0")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -136,9 +137,9 @@ def test_the_shipped_studies_can_run():
     files = sorted((Path(sweep.__file__).parents[2] / "recipes" / "studies").glob("*.toml"))
     assert {f.stem for f in files} >= {"parameters", "rl-sft", "tying", "precision", "rank", "es", "scaling"}
     for file in files:
-        whole, quick = (sweep.read_study(file, quick=q) for q in (False, True))
+        whole, quick = (read_study(file, quick=q) for q in (False, True))
         assert whole.seeds >= 8 and quick.seeds == 1 and [a.name for a in whole.arms] == [a.name for a in quick.arms]
-    arms = sweep.read_study(next(f for f in files if f.stem == "rl-sft"), quick=False).arms
+    arms = read_study(next(f for f in files if f.stem == "rl-sft"), quick=False).arms
     kinds = [{k: v for k, v in a.settings.items() if k not in ("algorithm", "sft_data")} for a in arms]
     assert len(arms) == 16 and all(kinds[i : i + 4] == kinds[:4] for i in (4, 8, 12))
     assert all(a.choose == arms[0].choose for a in arms)

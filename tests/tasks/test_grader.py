@@ -163,10 +163,18 @@ def test_verdicts_come_in_order_from_several_processes() -> None:
     assert [v.right["strict"] for v in found] == [i % 2 == 0 for i in range(60)]
 
 
+OWN = {"tinylora.tasks"} | {f"tinylora.tasks.{n}" for n in ("grading", "extraction", "numerals", "elements", "expressions")}
+
+
 def test_the_worker_needs_no_torch_and_ends_with_its_parent() -> None:
     """Its imports are the grader's alone; when nobody holds its standard input any more, it is gone."""
     worker = Path(__file__).parents[2] / "tinylora" / "tasks" / "grader_worker.py"
-    code = f"import runpy, sys\nrunpy.run_path({str(worker)!r}, run_name='__main__')\nassert 'torch' not in sys.modules\n"
+    code = f"""
+import runpy, sys
+runpy.run_path({str(worker)!r}, run_name="__main__")
+own = {{name for name in sys.modules if name.startswith("tinylora.")}}
+assert own == {OWN!r} and "torch" not in sys.modules, own
+"""
     done = subprocess.run([sys.executable, "-P", "-c", code], input="", capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "ready\n"), done.stderr
 

@@ -10,7 +10,10 @@ import pytest
 from equivalences import CASES
 
 from tinylora.tasks import grading
-from tinylora.tasks.grading import extract_boxed, grade, same_answer
+from tinylora.tasks.elements import parts_of
+from tinylora.tasks.extraction import extract_boxed
+from tinylora.tasks.grading import grade, same_answer
+from tinylora.tasks.numerals import numeral
 from tinylora.tasks.sets import Row, load_task
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -132,8 +135,8 @@ def perturbed(gold: str) -> list[str]:
         places = len(number[0].partition(".")[2])
         found.append(gold[: number.start()] + f"{Decimal(number[0]) + 1:.{places}f}" + gold[number.end() :])
     clean = grading._clean(gold)
-    numeral, parts = grading._numeral(clean), grading._parts(clean)
-    if numeral is not None and numeral.value != 0:
+    exact, parts = numeral(clean), parts_of(clean)
+    if exact is not None and exact.value != 0:
         found.append(gold[1:] if gold.startswith("-") else "-" + gold)
     if parts is not None and parts[0] not in ("list", "union") and parts[0][-1] != "s" and parts[1][0] != parts[1][1]:
         found.append(parts[0][0] + ",".join([parts[1][1], parts[1][0], *parts[1][2:]]) + parts[0][-1])

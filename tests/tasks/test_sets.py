@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from tinylora.errors import InputError
+from tinylora.tasks.known import KNOWN
 from tinylora.tasks.prompts import GSM8K_HASH, QWEN_BOXED
-from tinylora.tasks.sets import KNOWN, load_task
+from tinylora.tasks.sets import load_task
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 

@@ -8,8 +8,8 @@ from tinylora.cli import flag
 from tinylora.errors import InputError
 from tinylora.model.config import PROJECTIONS
 from tinylora.tasks.builtin import BUILTIN_MODELS
+from tinylora.tasks.known import KNOWN
 from tinylora.tasks.prompts import PromptStyle
-from tinylora.tasks.sets import KNOWN
 
 # The built-in task's recipe: what `python -m tinylora.train` uses where nothing else is said. Everywhere else the defaults
 # below hold: the paper's recipe for 13 numbers on a 7B model.

@@ -12,8 +12,9 @@ from tinylora.model.cache import KVCache
 from tinylora.model.config import PROJECTIONS, ModelConfig
 from tinylora.model.loader import resolve_model
 from tinylora.rl.config import LEARNING_RATES, TrainConfig
+from tinylora.tasks.known import KNOWN
 from tinylora.tasks.prompts import messages
-from tinylora.tasks.sets import KNOWN, Row, load_task
+from tinylora.tasks.sets import Row, load_task
 
 FLOPS, BANDWIDTH = 770e12, 4.3e12  # of an H200
 PROMPT_TOKENS = 200  # of a prompt, where there is no tokenizer to ask

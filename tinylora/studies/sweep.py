@@ -13,123 +13,32 @@
     learning_rate = [0.003, 0.01]
     [quick]                     what --quick changes: seeds, and settings of every run. It chooses nothing: first values stand
 
-Runs of an arm go through the engine together where they can (`rl.population`), arms beside each other in processes of their
+Runs of an arm go through the engine together where they can (`rl.trainer`), arms beside each other in processes of their
 own. What is finished stays finished: the same command goes on where it was stopped.
 """
 
 import argparse
 import contextlib
-import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import time
-import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tinylora.cli import flag, table
 from tinylora.errors import InputError
 from tinylora.files import write_text
-from tinylora.rl.config import TrainConfig, preset
+from tinylora.rl.config import TrainConfig
 from tinylora.rl.run_directory import changed_settings, is_step
+from tinylora.studies.study import Arm, Study, combinations, config, read_study
 
 CHOICE_SEED = 1000  # of the runs that choose settings: away from those that are reported
 CHOICE_RUNS = 2
-TOP = {"title", "question", "seeds", "x", "x_label", "settings", "arms", "quick"}
-SETTINGS = {f.name for f in fields(TrainConfig)} - {"output_dir", "seed", "projection_seed"}
-
-
-@dataclass
-class Arm:
-    """Runs that differ in their seeds alone."""
-
-    name: str
-    series: str
-    settings: dict[str, Any]
-    choose: dict[str, list[Any]]
-
-    @property
-    def folder(self) -> str:
-        return "".join(c if c.isalnum() or c in ".-=" else "-" for c in self.name.lower()).strip("-")
-
-
-@dataclass
-class Study:
-    title: str
-    question: str
-    seeds: int
-    x: str | None
-    x_label: str
-    quick: bool
-    arms: list[Arm]
-
-
-def read_study(path: Path, quick: bool) -> Study:
-    """InputError for what is missing, unknown, or would be refused by the trainer."""
-    try:
-        raw = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path} is not valid TOML: {error}") from None
-    if unknown := raw.keys() - TOP:
-        raise InputError(f"{path}: unknown keys {', '.join(sorted(unknown))}; known are {', '.join(sorted(TOP))}")
-    shared, faster = dict(raw.get("settings", {})), dict(raw.get("quick", {}))
-    seeds = raw.get("seeds", 8)
-    if quick:
-        seeds = faster.pop("seeds", seeds)
-        shared |= faster
-    arms = [arm for table_ in raw.get("arms", []) for arm in _arms(path, table_, shared)]
-    if quick:
-        arms = [replace(a, settings=a.settings | {k: v[0] for k, v in a.choose.items()}, choose={}) for a in arms]
-    if not arms:
-        raise InputError(f"{path}: a study needs at least one [[arms]]")
-    twice = [a.name for i, a in enumerate(arms) if a.folder in {b.folder for b in arms[:i]}]
-    if twice:
-        raise InputError(f"{path}: two arms are named {twice[0]!r}; put what differs into the name, as {{u}} for u")
-    x = raw.get("x")
-    study = Study(raw.get("title", path.stem), raw.get("question", ""), seeds, x, raw.get("x_label", x or ""), quick, arms)
-    for arm in arms:  # every error before the first run
-        for chosen in _combinations(arm.choose):
-            config(arm.settings | chosen, 0, path)
-    return study
-
-
-def _arms(path: Path, raw: dict[str, Any], shared: dict[str, Any]) -> Iterator[Arm]:
-    own = {k: v for k, v in raw.items() if k not in ("name", "series", "choose")}
-    choose = raw.get("choose", {})
-    if unknown := (own.keys() | shared.keys() | choose.keys()) - SETTINGS:
-        raise InputError(f"{path}: unknown settings {', '.join(sorted(unknown))}; see python -m tinylora.train --help")
-    axes = {k: v if isinstance(v, list) and k != "target_modules" else [v] for k, v in own.items()}
-    for values in _combinations(axes):
-        settings = shared | values
-        try:
-            name = str(raw.get("name", ", ".join(f"{k} {v}" for k, v in values.items()) or "base")).format(**settings)
-            yield Arm(name, str(raw.get("series", name)).format(**settings), settings, choose)
-        except (KeyError, IndexError, ValueError) as error:
-            raise InputError(f"{path}: the arm's name {raw.get('name')!r} wants {error}, which no setting gives") from None
-
-
-def _combinations(axes: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-
-
-def config(settings: dict[str, Any], seed: int, where: Path, output_dir: str | None = None) -> TrainConfig:
-    """A run's settings. InputError that names the study where they are refused."""
-    usual = preset(**{name: settings[name] for name in ("model", "method", "algorithm") if name in settings})
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    try:
-        return TrainConfig(**usual | values | {"seed": seed, "projection_seed": seed, "output_dir": output_dir})
-    except (InputError, TypeError) as error:
-        raise InputError(f"{where}: {error}") from None
-
-
-# ---- running ------------------------------------------------------------------------------------------------------------
 
 
 def run_job(jobs: list[TrainConfig], threads: int) -> None:
@@ -202,7 +111,7 @@ def choose(study: Study, path: Path, out: Path, processes: int) -> list[dict[str
     """The settings that each arm's held-out training rows choose, by mean accuracy over the choosing runs."""
     plans: list[list[tuple[dict[str, Any], list[TrainConfig]]]] = []
     for arm in study.arms:
-        options = _combinations(arm.choose) if arm.choose else []
+        options = combinations(arm.choose) if arm.choose else []
         plan = []
         for i, option in enumerate(options):
             settings = arm.settings | option | {"eval_size": 0, "eval_steps": 10**9}

@@ -1,144 +1,20 @@
-"""The report's figures, by matplotlib: a run's metrics over its steps, a study's accuracies and learning curves.
+"""A study's figures: accuracies against what it varies, and learning curves."""
 
-Small enough to be read at the width of a phone. Colours are Okabe and Ito's, which colour-blind readers tell apart (less their
-yellow, too faint on white); markers and dashes say the same again.
-"""
-
-import io
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from tinylora.evaluation.statistics import wilson
-from tinylora.rl.run_directory import Metrics, is_step
+from tinylora.rl.run_directory import Metrics
+from tinylora.studies.canvas import COLOURS, DASHES, STYLE, Picture, canvas, picture, style
 from tinylora.studies.results import by, counts, is_number, spread
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS, DASHES = "os^Dv*P", ("-", "--", ":", "-.")
-STYLE: Any = {
-    "font.size": 10, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
-    "legend.fontsize": 9, "legend.frameon": False, "lines.markersize": 5, "text.parse_math": False, "savefig.dpi": 180,
-}  # fmt: skip
 POINTS = 60  # of a learning curve; longer ones are means of several steps
-SHOWN_V = 16
 WIDE = 8  # largest over smallest of an axis' values, from which it is logarithmic whatever it shows
-PANELS = (  # of a run: file name, title, axis, {metric: label}
-    ("reward", "Reward and accuracy", "reward; share that is right", {"reward": "reward", "accuracy": "accuracy"}),
-    ("likeliest", "Solutions' tokens that are the likeliest", "share of tokens", {"mean_token_accuracy": "accuracy"}),
-    ("length", "Completion length", "tokens", {"completions/mean_length": "mean"}),
-    ("entropy", "Entropy", "nats a token", {"entropy": "entropy"}),
-    ("grad-norm", "Gradient norm", "norm, before clipping", {"grad_norm": "gradient"}),
-)
-
-
-@dataclass(frozen=True)
-class Picture:
-    name: str  # of the file, without its ending
-    caption: str
-    alt: str  # what is to be seen, for who cannot
-    png: bytes
-
-
-def style(i: int) -> dict[str, Any]:
-    return {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "linestyle": DASHES[i // 7 % 4], "linewidth": 1.3}
-
-
-def canvas(title: str, x: str, y: str, height: float = 3.1) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(4.5, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(textwrap.fill(title, 48), fontsize=10, fontweight="bold", loc="left")
-    axes.set_xlabel(textwrap.fill(x, 50))
-    axes.set_ylabel(y)
-    return figure, axes
-
-
-def picture(figure: Figure, axes: Any, name: str, caption: str, alt: Sequence[str]) -> Picture:
-    """The figure as a file, its legend below it."""
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        labels = [textwrap.fill(label, 24) for label in labels]
-        columns = 4 if max(map(len, labels)) < 4 else 2
-        figure.set_figheight(figure.get_figheight() + 0.2 * sum(label.count("\n") + 1 for label in labels) / columns + 0.2)
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.6)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    title = " ".join(axes.get_title(loc="left").split())
-    return Picture(name, caption, f"{title}. {'; '.join(alt)}.", file.getvalue())
-
-
-# ---- one run ------------------------------------------------------------------------------------------------------------
-
-
-def run_pictures(rows: Sequence[Metrics], settings: Metrics) -> list[Picture]:
-    """The figures of a run, by the metrics that its rows have."""
-    steps = [row for row in rows if is_step(row)]
-    batch = f"{settings['prompts_per_step']} prompts x {settings['num_generations']} completions"
-    found = []
-    with matplotlib.rc_context(STYLE):
-        for name, title, unit, metrics in PANELS:
-            lines = {label: line for metric, label in metrics.items() if (line := _line(steps, metric))[0]}
-            if not lines:
-                continue
-            if len(lines) == 2 and lines["reward"] == lines["accuracy"]:
-                lines = {"reward, which is accuracy": lines["reward"]}
-            figure, axes = canvas(title, "training step", unit)
-            caption = f"One run: a point is one step, of {batch}."
-            for i, (label, (x, y)) in enumerate(lines.items()):
-                axes.plot(
-                    x, y, **style(i), markevery=max(1, len(x) // 12), label=label if name in ("reward", "length") else None
-                )
-            if name == "reward":
-                caption += _held_out(axes, rows)
-            if name == "length":
-                (x, low), (_, high) = (_line(steps, f"completions/{kind}_length") for kind in ("min", "max"))
-                axes.fill_between(x, low, high, color=COLOURS[0], alpha=0.15, linewidth=0, label="shortest to longest")
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            alt = [f"{label} from {y[0]:.3g} at step {x[0]} to {y[-1]:.3g} at {x[-1]}" for label, (x, y) in lines.items()]
-            found.append(picture(figure, axes, name, caption, alt))
-        if path := [row["adapter/v"] for row in steps if "adapter/v" in row]:
-            found.append(_path(np.array(path)))
-    return found
-
-
-def _line(rows: Sequence[Metrics], metric: str) -> tuple[list[int], list[float]]:
-    found = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
-    return [x for x, _ in found], [y for _, y in found]
-
-
-def _held_out(axes: Any, rows: Sequence[Metrics]) -> str:
-    """Accuracies on rows that are not trained on, with their intervals; returns what the caption says of them."""
-    said = ""
-    for i, (kind, label) in enumerate((("eval", "held-out problems"), ("validation", "held-out training rows")), 2):
-        for k, row in enumerate(row for row in rows if row.get(f"{kind}/n")):
-            n, p = row[f"{kind}/n"], row[f"{kind}/accuracy"]
-            low, high = wilson(round(p * n), n)
-            mark = {**style(i), "linestyle": "none", "label": None if k else f"{label}, n\u00a0=\u00a0{n:,}"}
-            axes.errorbar(row["step"], p, [[p - low], [high - p]], **mark, capsize=3)
-            said = " Others: sampled accuracy where nothing is trained, bars are 95 % (Wilson)."
-    return said
-
-
-def _path(v: Any) -> Picture:
-    """v is (steps, numbers)."""
-    figure, axes = canvas("The path of v", "training step", "value, without unit")
-    for i in range(min(SHOWN_V, v.shape[1])):
-        axes.plot(range(1, len(v) + 1), v[:, i], **style(i), markevery=(i % len(v), max(8, len(v) // 6)), label=f"v{i + 1}")
-    axes.axhline(0, color="black", linewidth=0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    said = (
-        f"The trained numbers after each step; all are 0 before the first. Drawn: {min(SHOWN_V, v.shape[1])} of {v.shape[1]:,}."
-    )
-    return picture(figure, axes, "v", said, [f"At the end between {v[-1].min():.3g} and {v[-1].max():.3g}"])
-
-
-# ---- a study ------------------------------------------------------------------------------------------------------------
 
 
 def study_pictures(about: Metrics, results: Sequence[Metrics], curves: dict[str, list[list[float]]]) -> list[Picture]:

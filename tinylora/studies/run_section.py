@@ -1,0 +1,114 @@
+"""A run's section of the page: its figures, its accuracies before and after, and its first answers beside the base's."""
+
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinylora.errors import InputError
+from tinylora.evaluation.statistics import paired_difference, wilson
+from tinylora.rl.run_directory import Metrics
+from tinylora.studies.page import html_figures, html_table
+from tinylora.studies.stored import read
+
+if TYPE_CHECKING:
+    from tinylora.studies.canvas import Picture
+
+PROBLEMS = 6  # whose answers a run's page shows
+
+
+def run_section(path: Path, samples: bool) -> tuple[str, str, list["Picture"]]:
+    """Title, HTML and figures of a training run."""
+    from tinylora.studies.run_figures import run_pictures
+
+    [config], rows = read(path / "config.json"), read(path / "metrics.jsonl", lines=True)
+    settings, done = config["settings"], max(row["step"] for row in rows)
+    tiny = {"full": (), "lora": ("r",)}.get(settings.get("method"), ("u", "r", "n_tie", "param_dtype"))  # what its method reads
+    names = ("model", "dataset", "method", "algorithm", *tiny, "learning_rate", "seed")
+    said = ", ".join(f"{name} {settings[name]}" for name in names if name in settings)
+    facts = f"{config['num_parameters']:,} trained numbers, one seed, {done} of {config['max_steps']} steps; {said}."
+    pictures = run_pictures(rows, settings)
+    parts = [f"<p>{escape(facts)}</p>\n", before_and_after(path, config["max_steps"]), html_figures(pictures)]
+    if samples:
+        parts.append(answers(path, settings))
+    return f"Run {'/'.join(path.resolve().parts[-2:])}", "".join(parts), pictures
+
+
+def before_and_after(path: Path, last: int) -> str:
+    files = [path / "evaluations" / f"step-{step:06d}.json" for step in (0, last)]
+    if not all(file.exists() for file in files):
+        return "<p>The run was not evaluated before and after its training.</p>\n"
+    [old], [new] = map(read, files)
+    lines = []
+    for kind in ("sampled", "greedy"):
+        for extractor in ("strict", "flexible"):
+            before, after = old[kind][extractor], new[kind][extractor]
+            cells = [f"{kind}, {extractor}"]
+            for right in (before, after):
+                low, high = wilson(sum(right), len(right))
+                cells.append(f"{sum(right) / len(right):.1%} [{low:.1%}, {high:.1%}]")
+            gain, low, high = paired_difference(before, after)
+            lines.append([*cells, f"{gain:+.1%} [{low:+.1%}, {high:+.1%}]"])
+    n = len(old["sampled"]["strict"])
+    return html_table([f"{n:,} held-out problems", "base [95 %]", "trained [95 %]", "paired gain [95 %]"], lines)
+
+
+def answers(path: Path, settings: Metrics) -> str:
+    """The first held-out problems with the greedy answers of base and adapter, or why they are not there."""
+    title = "<h3>Answers before and after</h3>\n"
+    try:
+        found = greedy_answers(path, settings)
+    except InputError as error:
+        return f"{title}<p>Not generated: {escape(str(error))}</p>\n"
+    parts = []
+    for question, gold, given in found:
+        cells = "".join(
+            f"<div>{who}: <strong>{'right' if right else 'wrong'}</strong><pre>{escape(text)}</pre></div>"
+            for who, (text, right) in zip(("base", "trained"), given, strict=True)
+        )
+        parts.append(f'<p>{escape(question)} <em>(gold: {escape(gold)})</em></p>\n<div class="answers">{cells}</div>\n')
+    return f"{title}<p>The first {len(found)} held-out problems, not chosen; greedy.</p>\n{''.join(parts)}"
+
+
+def greedy_answers(path: Path, settings: Metrics) -> list[tuple[str, str, list[tuple[str, bool]]]]:
+    """(question, gold answer, (text, right) of base and trained). InputError where the base or the adapter is not at hand."""
+    from tinylora.adapter.on_decoder import Adapter  # this and the rest load torch, which no other part of a report needs
+    from tinylora.engine.text import Text, fitting_rows
+    from tinylora.evaluation.answers import answer
+    from tinylora.loading import load_adapter
+    from tinylora.model.decoder import Decoder
+    from tinylora.model.loader import load_model
+    from tinylora.tasks.builtin import BUILTIN_MODELS
+    from tinylora.tasks.sets import load_task
+
+    base, data, method = settings["model"], settings["dataset"], settings.get("method")
+    if base not in BUILTIN_MODELS and not Path(base).is_dir():
+        raise InputError(f"the base {base} is no directory here, and a report downloads nothing")
+    if data != "builtin" and settings["data"] is None:
+        raise InputError(f"the dataset {data} is not local, and a report downloads nothing")
+    if method == "lora":
+        raise InputError("the engine does not load PEFT's LoRA adapters")
+    model = load_model(base, settings["device"], settings["dtype"])
+    text, length = Text(model.path), settings["max_completion_length"]
+    task = load_task(data, settings["data"], settings["prompt_style"], ("test",))
+    rows, _ = fitting_rows(task.test[:PROBLEMS], text, model.config.max_positions, length)
+    if not rows or not task.has_answers:
+        raise InputError("the task has no test rows with answers")
+    policies: list[tuple[Decoder, Adapter | None]] = [(model, None), (model, None)]
+    if method == "full":  # whose adapter/ is a model
+        policies[1] = load_model(str(path / "adapter"), settings["device"]), None
+    else:
+        policies[1] = model, load_adapter(path, model)
+    grader = task.grader()
+    try:
+        scored = [answer(m, adapter, text, rows, grader, length, "answers") for m, adapter in policies]
+    finally:
+        grader.close()
+    right = [s.greedy_right(settings["extractor"]) for s in scored]
+    return [
+        (
+            row["prompt"][-1]["content"],
+            row["answer"],
+            [(s.greedy[i][0]["completion"], r[i]) for s, r in zip(scored, right, strict=True)],
+        )
+        for i, row in enumerate(rows)
+    ]

@@ -1,0 +1,21 @@
+"""JSON that a run or a study has left, read; or an error that names its file."""
+
+import json
+from pathlib import Path
+
+from tinylora.errors import InputError
+from tinylora.rl.run_directory import Metrics
+
+
+def read(path: Path, lines: bool = False) -> list[Metrics]:
+    """The JSON object of a file, or of each of its lines. InputError where there is none or one is torn."""
+    try:
+        text = path.read_text()
+        found = [dict(json.loads(part)) for part in (text.splitlines() if lines else [text])]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is torn or no JSON ({error}); the command that wrote it mends it when it goes on") from None
+    if not found:
+        raise InputError(f"{path} is empty: nothing has been finished yet")
+    return found
