@@ -1,5 +1,6 @@
 """The proof that a kernel needs before it may run: real child processes, on toy kernels that Triton interprets on a CPU."""
 
+import importlib
 import json
 import os
 import re
@@ -20,8 +21,8 @@ from tinylora.kernels import (
     dispatch,
     launch,  # noqa: F401  Triton must not be imported for the first time below, where the environment says "interpret"
     proof,
-    self_check,
 )
+from tinylora.kernels.accuracy import relative_errors
 from tinylora.kernels.dispatch import prove, runs_cuda, runs_triton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -101,7 +102,7 @@ def test_an_op_has_a_child_of_its_own_and_another_after_one_that_ended(proved) -
     first, again = (
         [[(op, d) for d in dtypes] for op in of]
         for dtypes, of in (
-            (("float16", "float32"), self_check.importlib.import_module("toy_checks").CHECKS),
+            (("float16", "float32"), importlib.import_module("toy_checks").CHECKS),
             (("float32",), ("aborts", "leaves", "raises", "hangs", "wide only")),
         )
     )
@@ -302,7 +303,7 @@ def test_on_a_gpu_only_what_has_passed_runs(monkeypatch: pytest.MonkeyPatch, cap
         assert not runs_triton("unknown", rows_on(GPU))
         assert not runs_triton("good", rows_on(GPU, torch.float64))
         assert runs_triton("wide", rows_on(GPU)) and not runs_triton("wide", rows_on(GPU, torch.float32))
-    assert asked == [(GPU, "tinylora.kernels.self_check:CHECKS")]
+    assert asked == [(GPU, "tinylora.kernels.checks:CHECKS")]
     said = capsys.readouterr().err
     assert [said.count(f"{op} runs as plain PyTorch on cuda:0") for op in ("good", "bad", "unknown")] == [0, 1, 1]
     runs_triton("good", rows_on(torch.device("cuda", 1)))
@@ -369,11 +370,11 @@ def test_the_allowance_is_twice_plain_and_one_rounding_of_fp32(dtype: torch.dtyp
     one, eps = torch.ones(64, dtype=torch.float64), torch.finfo(dtype).eps
     plain, most = (one * (1 + 8 * eps)).to(dtype), 16 * eps + 2**-23
     for a, passes in ((16 * eps, True), (18 * eps, False)):
-        mine, theirs, allowed = self_check.relative_errors((one * (1 + a)).to(dtype), plain, one)
+        mine, theirs, allowed = relative_errors((one * (1 + a)).to(dtype), plain, one)
         assert (mine <= allowed) == passes and theirs == 8 * eps and allowed == most
     wrong = torch.arange(64)
-    assert self_check.relative_errors(wrong, wrong, wrong)[0] == 0
-    assert self_check.relative_errors(wrong, wrong, wrong.clamp(max=62))[0] == 1 / 64
+    assert relative_errors(wrong, wrong, wrong)[0] == 0
+    assert relative_errors(wrong, wrong, wrong.clamp(max=62))[0] == 1 / 64
 
 
 def test_the_cuda_backend_asks_for_a_library_and_its_proof(

@@ -16,11 +16,13 @@ from tinylora.adapter.on_decoder import Adapter
 from tinylora.engine.rollout import Completion
 from tinylora.errors import BuildError
 from tinylora.kernels import dispatch, native
+from tinylora.kernels.accuracy import rms
 from tinylora.kernels.attention import Packing, packed_attention, packed_attention_ref
+from tinylora.kernels.checks import NATIVE_CHECKS
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.decode_attention import CacheView, decode_attention, rope_into_cache
 from tinylora.kernels.rope import Heads, _forward_op, rope_native, rope_plain
-from tinylora.kernels.self_check import NATIVE_CHECKS, rms, verdict
+from tinylora.kernels.self_check import verdict
 from tinylora.kernels.shrink import shrink, shrink_native
 from tinylora.model.loader import load_model
 from tinylora.rl.update import score
@@ -281,6 +283,7 @@ def test_what_a_function_refuses_is_named() -> None:
 
 SCRIPT = """
 import torch
+from tinylora.kernels.checks import NATIVE_CHECKS
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.shrink import shrink, shrink_ref
 x = torch.randn(9, 40)

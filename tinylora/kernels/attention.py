@@ -177,7 +177,7 @@ class Packing:
         return torch.cat(rows).to(self.device), ends[0], ends[1], max(self.lengths), max(seen)
 
 
-class _NativeAttention(torch.autograd.Function):
+class NativeAttention(torch.autograd.Function):
     """In C, query by query as `decode_attention` does and to its bits; saves q, k, v and recomputes the probabilities."""
 
     @staticmethod
@@ -269,7 +269,7 @@ def packed_attention(
         return _varlen_attention(q, k, v, layout)
     D = q.shape[2]
     if _plain(q, layout.most_keys, layout) and dispatch.runs_native("packed_attention", q, D, D // 2):
-        return _NativeAttention.apply(q, k, v, layout)
+        return NativeAttention.apply(q, k, v, layout)
     split = layout.split
     out = _whole(q[:split], k[:split], v[:split], layout)
     return torch.cat([out, _suffixes(q[split:], k, v, layout)]) if layout.prefixes else out

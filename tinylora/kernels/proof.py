@@ -31,9 +31,9 @@ from tinylora.files import cache_dir
 from tinylora.kernels import library, native
 from tinylora.kernels.launch import triton
 
-CHECKS = "tinylora.kernels.self_check:CHECKS"
-CUDA_CHECKS = "tinylora.kernels.self_check:CUDA_CHECKS"
-NATIVE_CHECKS = "tinylora.kernels.self_check:NATIVE_CHECKS"
+CHECKS = "tinylora.kernels.checks:CHECKS"
+CUDA_CHECKS = "tinylora.kernels.checks:CUDA_CHECKS"
+NATIVE_CHECKS = "tinylora.kernels.checks:NATIVE_CHECKS"
 START_SECONDS = 180.0  # for a child to import PyTorch and reach the device; its first op's own time begins after that
 KERNELS = Path(__file__).parent
 
