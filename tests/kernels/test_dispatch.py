@@ -18,6 +18,7 @@ import torch
 from tinylora.errors import InputError
 from tinylora.kernels import (
     build,
+    children,
     dispatch,
     launch,  # noqa: F401  Triton must not be imported for the first time below, where the environment says "interpret"
     proof,
@@ -50,13 +51,13 @@ def proved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list, str]:
     with pytest.MonkeyPatch.context() as patch:
         new_process(patch, tmp_path_factory.mktemp("verdicts"))
         patch.setenv("TINYLORA_SELF_CHECK_SECONDS", "5")
-        children, said, child = [], [], proof._Child
-        patch.setattr(proof, "_Child", lambda *a: children.append(list(a[2])) or child(*a))
+        given, said, child = [], [], children._Child
+        patch.setattr(children, "_Child", lambda *a: given.append(list(a[2])) or child(*a))
         for module in (proof, dispatch):
             patch.setattr(module, "print", lambda *a, file, flush=False: said.append(*a), raising=False)
         prove(CPU, TOY)
         prove(CPU, TOY)
-        return dispatch._verdicts[CPU], children, "\n".join(said)
+        return dispatch._verdicts[CPU], given, "\n".join(said)
 
 
 WRONG = {
@@ -193,17 +194,17 @@ def test_the_second_process_starts_no_child(one_op: Path, monkeypatch: pytest.Mo
     assert [v["error"] for v in first.values()] == [None, None]
     assert len(list((tmp_path / "cache").iterdir())) == 1
     dispatch._verdicts.clear()
-    monkeypatch.setattr(proof, "_Child", no_child)
+    monkeypatch.setattr(children, "_Child", no_child)
     assert prove(CPU, ONE) == first
 
 
 def test_failures_are_cached_and_reported_again_by_the_next_process(
     one_op: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(proof, "_check_in_children", toy_verdicts("too slow"))
+    monkeypatch.setattr(proof, "check_in_children", toy_verdicts("too slow"))
     prove(CPU, ONE)
     dispatch._verdicts.clear()
-    monkeypatch.setattr(proof, "_check_in_children", no_child)
+    monkeypatch.setattr(proof, "check_in_children", no_child)
     assert [v["error"] for v in prove(CPU, ONE).values()] == ["too slow"] * 2
     assert capsys.readouterr().err.count("right runs as plain PyTorch on cpu") == 2
 
@@ -216,7 +217,7 @@ def test_verdicts_are_of_these_sources_and_flags_alone(
     shutil.copytree(proof.KERNELS, kernels, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(proof, "KERNELS", kernels)
     checked = []
-    monkeypatch.setattr(proof, "_check_in_children", lambda *a: checked.append(1) or toy_verdicts(None)(*a))
+    monkeypatch.setattr(proof, "check_in_children", lambda *a: checked.append(1) or toy_verdicts(None)(*a))
     prove(CPU, ONE)
     dispatch._verdicts.clear()
     if change == "check":
@@ -238,7 +239,7 @@ def test_a_broken_cache_is_checked_again_and_mended(
     damage: bytes, one_op: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     checked = []
-    monkeypatch.setattr(proof, "_check_in_children", lambda *a: checked.append(1) or toy_verdicts(None)(*a))
+    monkeypatch.setattr(proof, "check_in_children", lambda *a: checked.append(1) or toy_verdicts(None)(*a))
     for _ in range(3):
         assert {v["error"] for v in prove(CPU, ONE).values()} == {None}
         dispatch._verdicts.clear()
@@ -250,7 +251,7 @@ def test_a_broken_cache_is_checked_again_and_mended(
 
 def test_a_torn_last_line_costs_its_own_verdict_alone(one_op: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
-    monkeypatch.setattr(proof, "_check_in_children", lambda *a: asked.append(list(a[2])) or toy_verdicts(None)(*a))
+    monkeypatch.setattr(proof, "check_in_children", lambda *a: asked.append(list(a[2])) or toy_verdicts(None)(*a))
     prove(CPU, ONE)
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(file.read_bytes()[:-20])
@@ -264,7 +265,7 @@ def test_an_unwritable_cache_costs_time_and_not_the_run(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(proof, "_check_in_children", toy_verdicts(None))
+    monkeypatch.setattr(proof, "check_in_children", toy_verdicts(None))
     assert [v["error"] for v in prove(CPU, ONE).values()] == [None, None]
     assert "not cached" in capsys.readouterr().err
 
@@ -334,7 +335,7 @@ def test_a_cpu_runs_kernels_interpreted_where_both_are_asked_for(
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", interpreted)
     monkeypatch.setenv("TINYLORA_BACKEND", name)
-    monkeypatch.setattr(proof, "_Child", no_child)
+    monkeypatch.setattr(children, "_Child", no_child)
     assert runs_triton("swiglu", torch.zeros(1)) == runs
     assert not runs_triton("swiglu", torch.zeros(1, device="meta"))
 

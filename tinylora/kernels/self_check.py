@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from tinylora.kernels.accuracy import Check, Outputs, relative_errors
+from tinylora.kernels.children import seconds_per_task
 from tinylora.kernels.proof import CHECKS as CHECKS_NAME
-from tinylora.kernels.proof import dtypes, name_of, seconds_per_task
+from tinylora.kernels.proof import dtypes, name_of
 
 GRACE = 30  # seconds a child gives its parent to end it, before it ends itself
 
