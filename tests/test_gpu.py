@@ -76,7 +76,7 @@ def compiled(monkeypatch):
     """TINYLORA_BACKEND=cuda, with its kernels compiled; skips, visibly, where they cannot be."""
     monkeypatch.setenv("TINYLORA_BACKEND", "cuda")
     try:
-        library.library([library.architecture(GPU)])
+        library.cuda_library([library.architecture(GPU)])
     except BuildError as error:
         pytest.skip(f"csrc/ is not compiled: {error}")
 

@@ -17,10 +17,10 @@ import torch
 
 from tinylora.errors import InputError
 from tinylora.kernels import (
-    build,
     children,
     dispatch,
     launch,  # noqa: F401  Triton must not be imported for the first time below, where the environment says "interpret"
+    library,
     proof,
 )
 from tinylora.kernels.accuracy import relative_errors
@@ -393,7 +393,7 @@ def test_the_cuda_backend_asks_for_a_library_and_its_proof(
         return {(op, "bfloat16"): {"op": op, "error": error}}
 
     monkeypatch.setattr(dispatch, "cached_or_checked", checked)
-    monkeypatch.setattr(build, "library", lambda architectures: compiled.append(architectures))
+    monkeypatch.setattr(library, "cuda_library", lambda architectures: compiled.append(architectures))
     for _ in range(2):
         assert runs_cuda("decode_linear", rows_on(GPU)) and runs_triton("swiglu", rows_on(GPU))
     assert asked == [dispatch.CHECKS, dispatch.CUDA_CHECKS] and compiled == [["sm_90a"]]
@@ -441,6 +441,6 @@ def test_an_unproven_cuda_kernel_is_not_captured(monkeypatch: pytest.MonkeyPatch
 def test_a_cuda_verdict_is_of_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_of_a_test(monkeypatch)
     names = iter(["csrc-a.so", "csrc-b.so"])
-    monkeypatch.setattr(build, "library", lambda _: Path(next(names)))
+    monkeypatch.setattr(library, "cuda_library", lambda _: Path(next(names)))
     one, two = (proof._conditions(GPU, dispatch.CUDA_CHECKS) for _ in range(2))
     assert one.pop("library") != two.pop("library") and one == two

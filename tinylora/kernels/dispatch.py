@@ -142,7 +142,7 @@ def _checked(device: torch.device, checks: str, watch: Callable[[Verdict], None]
 
     if checks == CUDA_CHECKS:
         try:
-            library.library([library.architecture(device)])
+            library.cuda_library([library.architecture(device)])
         except BuildError as error:
             return none(f"it was not compiled: {error}")
     if checks == NATIVE_CHECKS:

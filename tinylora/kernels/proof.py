@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tinylora.files import cache_dir
-from tinylora.kernels import library, native
+from tinylora.kernels import library
 from tinylora.kernels.children import Task, Verdict, check_in_children
 from tinylora.kernels.launch import triton
 
@@ -126,9 +126,9 @@ def _conditions(device: torch.device, checks: str) -> dict[str, Any]:
         "device": device.type,
     }
     if checks == NATIVE_CHECKS:
-        conditions["library"] = native.identity()
+        conditions["library"] = library.c_identity()
     if checks == CUDA_CHECKS:
-        conditions["library"] = library.library([library.architecture(device)]).name
+        conditions["library"] = library.cuda_library([library.architecture(device)]).name
     if device.type == "cuda":
         driver = Path("/proc/driver/nvidia/version")
         conditions["gpu"] = torch.cuda.get_device_name(device)
