@@ -20,7 +20,8 @@ from tinylora.engine.rollout import Completion, Sampling, Usage, rollout
 from tinylora.engine.slots import Slots
 from tinylora.errors import BuildError
 from tinylora.kernels import dispatch, library, proof
-from tinylora.kernels.attention import Packing, packed_attention, packed_attention_ref
+from tinylora.kernels.attention import packed_attention, packed_attention_ref
+from tinylora.kernels.packing import Packing
 from tinylora.kernels.sampling import uniforms
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model.loader import load_model

@@ -18,10 +18,11 @@ from tinylora.errors import BuildError
 from tinylora.files import cache_dir
 from tinylora.kernels import dispatch, library, native
 from tinylora.kernels.accuracy import rms
-from tinylora.kernels.attention import Packing, packed_attention, packed_attention_ref
+from tinylora.kernels.attention import packed_attention, packed_attention_ref
 from tinylora.kernels.checks import NATIVE_CHECKS
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.decode_attention import CacheView, decode_attention, rope_into_cache
+from tinylora.kernels.packing import Packing
 from tinylora.kernels.rope import Heads, _forward_op, rope_native, rope_plain
 from tinylora.kernels.self_check import verdict
 from tinylora.kernels.shrink import shrink, shrink_native

@@ -14,6 +14,7 @@ from tinylora.kernels.accuracy import Case, Check, Outputs
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.frozen import FrozenLinear
 from tinylora.kernels.fused_linear import fused_linear, fused_linear_ref
+from tinylora.kernels.packing import Packing
 from tinylora.kernels.reduce_dm import reduce_dm_ref, reduce_dm_triton
 from tinylora.kernels.sampling import sample_ref, sample_triton
 from tinylora.kernels.token_logprobs import token_logprobs_ref, token_logprobs_triton
@@ -282,7 +283,7 @@ def packed_attention_check(device: torch.device, dtype: torch.dtype, seed: int) 
     """Sequences and suffixes in one pack, with gradients, against whole sequences that repeat their prefixes."""
     randn = normals(device, dtype, seed)
     for heads, kv_heads, D, lengths, prefixes in ((4, 2, 32, [5, 1, 17], []), (3, 1, 48, [9, 4, 3, 1, 8, 2], [1, 0, 0, 1])):
-        layout = attention.Packing(lengths, prefixes, dtype, device, None)
+        layout = Packing(lengths, prefixes, dtype, device, None)
         T = sum(lengths)
         q, k, v = randn(T, heads, D), randn(T, kv_heads + 1, D)[:, 1:], randn(T, 2 * kv_heads, D)[:, :kv_heads]
         dout = randn(T, heads, D)
@@ -296,7 +297,7 @@ def packed_attention_check(device: torch.device, dtype: torch.dtype, seed: int) 
             rows += [*ahead, *range(starts[i], starts[i] + n)]
         whole = [n + b for n, b in zip(lengths, layout.before, strict=True)]
 
-        def ours(q: Tensor, k: Tensor, v: Tensor, layout: attention.Packing = layout) -> Tensor:
+        def ours(q: Tensor, k: Tensor, v: Tensor, layout: Packing = layout) -> Tensor:
             return attention.NativeAttention.apply(q, k, v, layout)
 
         def plain(q: Tensor, k: Tensor, v: Tensor, rows=rows, whole=whole, where=where) -> Tensor:
