@@ -11,10 +11,10 @@ from tinylora.kernels.accuracy import rms
 from tinylora.kernels.correction import Correction, padded, padded_width, row_stride
 from tinylora.kernels.frozen import FrozenLinear
 from tinylora.kernels.fused_linear import config as linear_config
+from tinylora.kernels.launch import row_config
 from tinylora.kernels.linear import linear, linear_ref
 from tinylora.kernels.products import CHAIN, onednn_keeps_rows, onednn_linear
 from tinylora.kernels.rms_norm import rms_norm_ref
-from tinylora.kernels.row_triton import row_config
 
 T = 24  # a multiple of 8, as every plain op gets it
 
