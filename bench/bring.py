@@ -51,6 +51,7 @@ from tinylora.engine.rollout import Sampling
 from tinylora.engine.slots import Slots
 from tinylora.kernels import (
     add_norm,
+    checks,
     decode_attention,
     dispatch,
     fused_linear,
@@ -59,7 +60,6 @@ from tinylora.kernels import (
     reduce_dm,
     rope,
     sampling,
-    self_check,
     shrink,
     swiglu,
     token_logprobs,
@@ -124,9 +124,9 @@ def compile_checks(compiler: Compiler, architecture: int) -> None:
         for module in MODULES:
             stack.enter_context(patch.object(module, "launch", compiler))
         stack.enter_context(patch.object(fused_linear, "_capability", lambda device: architecture))
-        stack.enter_context(patch.object(self_check, "sizes", lambda device, small, real: real))
-        stack.enter_context(patch.object(self_check, "launcher", lambda module, name, _: getattr(module, f"{name}_triton")))
-        for op, check in self_check.CHECKS.items():
+        stack.enter_context(patch.object(checks, "sizes", lambda device, small, real: real))
+        stack.enter_context(patch.object(checks, "launcher", lambda module, name, _: getattr(module, f"{name}_triton")))
+        for op, check in checks.CHECKS.items():
             for dtype in proof.dtypes(op, torch.device("cuda")):
                 for _ in check(CPU, dtype, 0):
                     pass

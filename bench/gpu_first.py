@@ -301,12 +301,12 @@ def training(run: Run) -> None:
 def csrc_build(run: Run) -> None:
     """The CUDA C++ library, by this machine's nvcc against this PyTorch's headers."""
     try:
-        library._nvcc()
+        library.find_nvcc()
     except BuildError as error:
         raise Skipped(str(error)) from None
     began = time.monotonic()
     architecture = library.architecture(run.device) if run.gpu else "sm_90a"
-    found = library.record(library.library([architecture]))["kernels"]
+    found = library.record(library.cuda_library([architecture]))["kernels"]
     most = max(k["registers"] for k in found)
     spills = sum(k["spills"] for k in found)
     seconds = round(time.monotonic() - began, 1)

@@ -118,7 +118,7 @@ def sanitizer(run: Run) -> None:
     run.needs_gpu("compute-sanitizer runs GPU code")
     if shutil.which("compute-sanitizer") is None:
         raise Skipped("no compute-sanitizer on PATH")
-    library.library([library.architecture(run.device)])
+    library.cuda_library([library.architecture(run.device)])
     check = [sys.executable, "-m", "tinylora.kernels.self_check", "--device", "cuda:0", "--checks", dispatch.CUDA_CHECKS]
     bad = []
     for tool in ("memcheck", "racecheck", "synccheck"):

@@ -20,7 +20,8 @@ from tinylora.engine.rollout import Completion, Sampling, Usage, rollout
 from tinylora.engine.slots import Slots
 from tinylora.errors import BuildError
 from tinylora.kernels import dispatch, library, proof
-from tinylora.kernels.attention import Packing, packed_attention, packed_attention_ref
+from tinylora.kernels.attention import packed_attention, packed_attention_ref
+from tinylora.kernels.packing import Packing
 from tinylora.kernels.sampling import uniforms
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model.loader import load_model
@@ -76,7 +77,7 @@ def compiled(monkeypatch):
     """TINYLORA_BACKEND=cuda, with its kernels compiled; skips, visibly, where they cannot be."""
     monkeypatch.setenv("TINYLORA_BACKEND", "cuda")
     try:
-        library.library([library.architecture(GPU)])
+        library.cuda_library([library.architecture(GPU)])
     except BuildError as error:
         pytest.skip(f"csrc/ is not compiled: {error}")
 

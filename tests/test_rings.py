@@ -87,7 +87,7 @@ def test_no_package_but_the_face_re_exports() -> None:
         ("model/cache.py", "def late():\n    import tinylora.rl.run", ("tinylora.model.cache", "tinylora.rl.run")),
         ("errors.py", "if TYPE_CHECKING:\n    from tinylora.cli import table", ("tinylora.errors", "tinylora.cli")),
         ("files.py", 'importlib.import_module("tinylora.rl.loss")', ("tinylora.files", "tinylora.rl.loss")),
-        ("prng.py", 'CHECKS = "tinylora.kernels.self_check:CHECKS"', ("tinylora.prng", "tinylora.kernels.self_check")),
+        ("prng.py", 'CHECKS = "tinylora.kernels.checks:CHECKS"', ("tinylora.prng", "tinylora.kernels.checks")),
     ],
 )
 def test_an_arrow_outwards_is_seen(file: str, line: str, arrow: tuple[str, str], tmp_path: Path) -> None:

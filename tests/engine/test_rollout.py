@@ -17,10 +17,10 @@ from tinylora.engine.memory import room_bytes
 from tinylora.engine.rollout import Completion, Sampling, Usage, rollout
 from tinylora.engine.slots import WIDE, Slots, buckets, head, side_stream
 from tinylora.errors import InputError
+from tinylora.kernels.accuracy import rms
+from tinylora.kernels.launch import arguments
 from tinylora.kernels.products import CHAIN
 from tinylora.kernels.rope import rope
-from tinylora.kernels.row_triton import arguments
-from tinylora.kernels.self_check import rms
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model.cache import KVCache
 from tinylora.model.loader import load_model

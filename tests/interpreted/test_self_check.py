@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from tinylora.kernels import add_norm, decode_attention, fused_linear, proof, rope, self_check, shrink, swiglu
+from tinylora.kernels import add_norm, checks, decode_attention, fused_linear, proof, rope, shrink, swiglu
+from tinylora.kernels.accuracy import relative_errors
+from tinylora.kernels.self_check import verdict
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("op", self_check.CHECKS)
+@pytest.mark.parametrize("op", checks.CHECKS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_kernels_pass(op: str, seed: int) -> None:
-    every = [self_check.verdict(op, self_check.CHECKS[op], CPU, dtype, seed) for dtype in proof.dtypes(op, CPU)]
+    every = [verdict(op, checks.CHECKS[op], CPU, dtype, seed) for dtype in proof.dtypes(op, CPU)]
     for found in every:
         assert found["error"] is None and found["cases"]
     assert any(case["error"] > 0 for found in every for case in found["cases"]), "compared with itself"
@@ -45,7 +47,7 @@ Z, TAIL = -8, -1
 
 # op, where its check finds the launcher, the launcher, and a fault in what that returns
 FAULTS = [
-    ("fused_linear", self_check, "fused_linear", None),
+    ("fused_linear", checks, "fused_linear", None),
     ("shrink", shrink, "shrink_triton", slightly_off),
     ("add_norm", add_norm, "add_norm_triton", changed(0, slightly_off, 0)),
     ("add_norm", add_norm, "add_norm_triton", changed(0, slightly_off, 1)),
@@ -63,13 +65,13 @@ FAULTS = [
     ("decode_attention", decode_attention, "decode_attention_triton", lambda found: (found[0], slightly_off(found[1]))),
     ("rope", rope, "rope_backward_triton", changed(0, slightly_off)),
     ("rope", rope, "rope_backward_triton", changed(Z, slightly_off)),
-    ("reduce_dm", self_check, "reduce_dm_triton", slightly_off),
-    ("reduce_dm", self_check, "reduce_dm_triton", transposed),
-    ("sampling", self_check, "sample_triton", lambda found: (found[0] + 1, found[1])),
-    ("sampling", self_check, "sample_triton", lambda found: (found[0], slightly_off(found[1]))),
-    ("token_logprobs", self_check, "token_logprobs_triton", lambda f: (slightly_off(f[0].detach()) + 0 * f[0], f[1])),
-    ("token_logprobs", self_check, "token_logprobs_triton", lambda f: (f[0], slightly_off(f[1]))),
-    ("token_logprobs", self_check, "token_logprobs_triton", lambda f: (f[0] + 1e-4 * (f[0] - f[0].detach()), f[1])),
+    ("reduce_dm", checks, "reduce_dm_triton", slightly_off),
+    ("reduce_dm", checks, "reduce_dm_triton", transposed),
+    ("sampling", checks, "sample_triton", lambda found: (found[0] + 1, found[1])),
+    ("sampling", checks, "sample_triton", lambda found: (found[0], slightly_off(found[1]))),
+    ("token_logprobs", checks, "token_logprobs_triton", lambda f: (slightly_off(f[0].detach()) + 0 * f[0], f[1])),
+    ("token_logprobs", checks, "token_logprobs_triton", lambda f: (f[0], slightly_off(f[1]))),
+    ("token_logprobs", checks, "token_logprobs_triton", lambda f: (f[0] + 1e-4 * (f[0] - f[0].detach()), f[1])),
 ]
 
 
@@ -85,12 +87,12 @@ def test_a_faulty_kernel_fails(op: str, place, launcher: str, fault, monkeypatch
 
     monkeypatch.setattr(place, launcher, wrong)
     for dtype in proof.dtypes(op, CPU):
-        error = self_check.verdict(op, self_check.CHECKS[op], CPU, dtype, 0)["error"]
+        error = verdict(op, checks.CHECKS[op], CPU, dtype, 0)["error"]
         assert dtype == torch.float16 or "relative error" in error
 
 
 def test_every_check_has_a_fault_that_it_sees() -> None:
-    assert {op for op, *_ in FAULTS} == self_check.CHECKS.keys()
+    assert {op for op, *_ in FAULTS} == checks.CHECKS.keys()
 
 
 @pytest.mark.parametrize("op", [shrink, add_norm, swiglu])
@@ -99,14 +101,14 @@ def test_row_kernels_in_many_pieces(op, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(op, "row_config", lambda rows, width: {"ROWS": 4, "BLOCK": 16, "num_warps": 4})
     name = op.__name__.rpartition(".")[2]
     for dtype in proof.dtypes(name, CPU):
-        assert self_check.verdict(name, self_check.CHECKS[name], CPU, dtype, 0)["error"] is None
+        assert verdict(name, checks.CHECKS[name], CPU, dtype, 0)["error"] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_tma_kernel(dtype: torch.dtype, transposed: bool) -> None:
     """The fused linear by descriptors, which no CPU chooses: rests in every direction, more tiles than programs."""
-    randn = self_check.normals(CPU, dtype, 0)
+    randn = checks.normals(CPU, dtype, 0)
     T, N, K, R = 70, 72, 88, 3
     weight = randn(K, N + 16)[:, :N].T if transposed else randn(N, K + 8)[:, :K]
     x, z, Bt, bias = randn(T, K + 8)[:, :K], randn(T, 5)[:, :R], randn(R, N), randn(N)
@@ -117,5 +119,5 @@ def test_the_tma_kernel(dtype: torch.dtype, transposed: bool) -> None:
         fused_linear._run_tma(x, z, weight, Bt, bias, y, options)
     wide = [t.double() for t in (x, z, weight, Bt, bias)]
     plain = fused_linear.fused_linear_ref(x, z, weight, Bt, bias)
-    mine, _, allowed = self_check.relative_errors(y, plain, fused_linear.fused_linear_ref(*wide))
+    mine, _, allowed = relative_errors(y, plain, fused_linear.fused_linear_ref(*wide))
     assert 0 < mine <= allowed

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tinylora.errors import BuildError, InputError
 from tinylora.files import cache_dir
 from tinylora.kernels import build, decode_linear
-from tinylora.kernels import library as cuda_library
+from tinylora.kernels import library as library_module
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.frozen import FrozenLinear
 
@@ -37,12 +37,12 @@ def compiled(headers: Path, cache: Path) -> Path:
     """The library for all architectures, warnings being errors. Skips, visibly, where there is no nvcc that could."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINYLORA_CACHE", str(cache))
-        patch.setattr(cuda_library, "HEADERS", headers)
+        patch.setattr(library_module, "HEADERS", headers)
         try:
-            cuda_library._nvcc()
+            library_module.find_nvcc()
         except BuildError as error:
             pytest.skip(f"csrc/ is not compiled: {error}")
-        return cuda_library.library(ARCHITECTURES)
+        return library_module.cuda_library(ARCHITECTURES)
 
 
 def fetch_headers() -> None:
@@ -78,7 +78,7 @@ def other_headers() -> Path:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled(cuda_library.HEADERS, tmp_path_factory.mktemp("csrc"))
+    return compiled(library_module.HEADERS, tmp_path_factory.mktemp("csrc"))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def other_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("which", ["library", "other_library"], ids=["these headers", f"headers of {OTHER}"])
 def test_every_kernel_is_within_its_budget(which: str, request: pytest.FixtureRequest) -> None:
     """Instances for each dtype, number of n8 tiles and height of W's; no stack, no spills, by ptxas."""
-    kernels = cuda_library.record(request.getfixturevalue(which))["kernels"]
+    kernels = library_module.record(request.getfixturevalue(which))["kernels"]
     found = set()
     for k in kernels:
         name = "decode_linear" if "decode_linear" in k["kernel"] else "decode_combine"
@@ -130,8 +130,8 @@ def test_sass_has_the_instructions_meant(library: Path) -> None:
 
 def test_the_library_loads_without_cuda(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU build of PyTorch: its schema, its shapes for torch.compile and CUDA graphs, and no kernel for a CPU."""
-    monkeypatch.setattr(cuda_library, "architecture", lambda _: "sm_90a")
-    monkeypatch.setattr(cuda_library, "library", lambda architectures: library if architectures == ["sm_90a"] else None)
+    monkeypatch.setattr(library_module, "architecture", lambda _: "sm_90a")
+    monkeypatch.setattr(library_module, "cuda_library", lambda architectures: library if architectures == ["sm_90a"] else None)
     x, w, c = (torch.empty(n, 64, dtype=torch.bfloat16, device="meta") for n in (5, 48, 2))
     c = Correction(c, torch.empty(2, 48, dtype=x.dtype, device="meta"), torch.empty(1, 1, 2, 2, device="meta"))
     for swiglu, columns in ((False, 48), (True, 24)):
@@ -236,7 +236,7 @@ def host_test(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no g++ for the host test")
     folder = tmp_path_factory.mktemp("host")
     for name in ("plan", "tile"):
-        source = re.sub(r"//.*", "", (cuda_library.SOURCES / f"decode_{name}.h").read_text())
+        source = re.sub(r"//.*", "", (library_module.SOURCES / f"decode_{name}.h").read_text())
         of_it = {i: (right, wrong) for i, (where, right, wrong) in enumerate(FAULTS.values(), 1) if where == name}
         assert all(source.count(right) == 1 for right, _ in of_it.values()), [
             r for r, _ in of_it.values() if source.count(r) != 1
@@ -312,7 +312,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[n
 
 def refused(match: str) -> None:
     with pytest.raises(BuildError, match=match) as error:
-        cuda_library.library(["sm_90a"])
+        library_module.cuda_library(["sm_90a"])
     assert "\n" not in str(error.value)
 
 
@@ -346,10 +346,10 @@ def test_a_failed_compile_says_why_and_leaves_no_library(compiler, tmp_path: Pat
 def test_sources_headers_and_cache_that_are_not_there(compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler()
     with monkeypatch.context() as patch:
-        patch.setattr(cuda_library, "SOURCES", tmp_path / "none")
+        patch.setattr(library_module, "SOURCES", tmp_path / "none")
         refused("this installation lacks .*none")
     with monkeypatch.context() as patch:
-        patch.setattr(cuda_library, "HEADERS", tmp_path)
+        patch.setattr(library_module, "HEADERS", tmp_path)
         refused("this PyTorch lacks its headers, .*stable")
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "file" / "cache"))
@@ -361,10 +361,10 @@ def test_it_is_compiled_once_for_what_it_depends_on(
     change: str, compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = compiler()
-    shutil.copytree(cuda_library.SOURCES, tmp_path / "csrc")
-    monkeypatch.setattr(cuda_library, "SOURCES", tmp_path / "csrc")
-    first = cuda_library.library(["sm_90a"])
-    assert cuda_library.record(first)["kernels"] == [
+    shutil.copytree(library_module.SOURCES, tmp_path / "csrc")
+    monkeypatch.setattr(library_module, "SOURCES", tmp_path / "csrc")
+    first = library_module.cuda_library(["sm_90a"])
+    assert library_module.record(first)["kernels"] == [
         {"kernel": "_Z1kv", "arch": "sm_90a", "registers": 40, "stack": 0, "spills": 0}
     ]
     if change == "source":
@@ -374,7 +374,7 @@ def test_it_is_compiled_once_for_what_it_depends_on(
         compiler(version="13.1")
     elif change == "torch":
         monkeypatch.setattr(torch, "__version__", "2.99.0")
-    second = cuda_library.library(["sm_80" if change == "architecture" else "sm_90a"])
+    second = library_module.cuda_library(["sm_80" if change == "architecture" else "sm_90a"])
     assert (second == first) == (change == "nothing")
     assert len(runs.read_text().split()) == (1 if change == "nothing" else 2)
 
@@ -382,14 +382,14 @@ def test_it_is_compiled_once_for_what_it_depends_on(
 @pytest.mark.parametrize("damage", ["library", "empty library", "record", "record alone"])
 def test_a_broken_cache_is_compiled_again(damage: str, compiler, capsys: pytest.CaptureFixture[str]) -> None:
     runs = compiler()
-    path = cuda_library.library(["sm_90a"])
+    path = library_module.cuda_library(["sm_90a"])
     capsys.readouterr()
     if damage == "record alone":
         path.unlink()
     else:
         file = path if "library" in damage else path.with_suffix(".json")
         file.write_bytes(b"" if damage == "empty library" else file.read_bytes()[:-1])
-    assert cuda_library.library(["sm_90a"]) == path and path.read_text() == "a library\n"
+    assert library_module.cuda_library(["sm_90a"]) == path and path.read_text() == "a library\n"
     assert len(runs.read_text().split()) == 2
     assert ("is broken and is compiled again" in capsys.readouterr().err) == (damage != "record alone")
 

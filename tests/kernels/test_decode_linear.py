@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from decoding import decoded
 
 from tinylora.kernels import decode_linear as module
-from tinylora.kernels import dispatch, self_check
+from tinylora.kernels import dispatch
+from tinylora.kernels.accuracy import relative_errors
+from tinylora.kernels.checks import decode_linear_check
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.decode_linear import decode_linear, decode_linear_ref, takes
 from tinylora.kernels.frozen import FrozenLinear
@@ -36,9 +38,9 @@ def test_its_self_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong_cases(kernel) -> set[str]:  # type: ignore[no-untyped-def]
         monkeypatch.setattr(module, "decode_linear_cuda", kernel)
-        cases = list(self_check.decode_linear_check(CPU, torch.bfloat16, 0))
+        cases = list(decode_linear_check(CPU, torch.bfloat16, 0))
         assert len(cases) == 10
-        errors = {label: self_check.relative_errors(ours, plain, exact) for label, ours, plain, exact in cases}
+        errors = {label: relative_errors(ours, plain, exact) for label, ours, plain, exact in cases}
         return {label for label, (mine, _, allowed) in errors.items() if mine > allowed}
 
     assert not wrong_cases(decode_linear_ref)
@@ -49,7 +51,7 @@ def test_its_self_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(label.endswith("residual") for label in no_residual) and len(no_residual) == 3
     one_adapter = lambda x, g, c, r, s: decode_linear_ref(x, g, c and Correction(c.A, c.Bt, c.M), r, s)  # noqa: E731
     assert len(wrong_cases(one_adapter)) == 5
-    assert not list(self_check.decode_linear_check(CPU, torch.float32, 0))
+    assert not list(decode_linear_check(CPU, torch.float32, 0))
 
 
 def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

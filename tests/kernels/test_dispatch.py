@@ -1,5 +1,6 @@
 """The proof that a kernel needs before it may run: real child processes, on toy kernels that Triton interprets on a CPU."""
 
+import importlib
 import json
 import os
 import re
@@ -16,12 +17,13 @@ import torch
 
 from tinylora.errors import InputError
 from tinylora.kernels import (
-    build,
+    children,
     dispatch,
     launch,  # noqa: F401  Triton must not be imported for the first time below, where the environment says "interpret"
+    library,
     proof,
-    self_check,
 )
+from tinylora.kernels.accuracy import relative_errors
 from tinylora.kernels.dispatch import prove, runs_cuda, runs_triton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -49,13 +51,13 @@ def proved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list, str]:
     with pytest.MonkeyPatch.context() as patch:
         new_process(patch, tmp_path_factory.mktemp("verdicts"))
         patch.setenv("TINYLORA_SELF_CHECK_SECONDS", "5")
-        children, said, child = [], [], proof._Child
-        patch.setattr(proof, "_Child", lambda *a: children.append(list(a[2])) or child(*a))
+        given, said, child = [], [], children._Child
+        patch.setattr(children, "_Child", lambda *a: given.append(list(a[2])) or child(*a))
         for module in (proof, dispatch):
             patch.setattr(module, "print", lambda *a, file, flush=False: said.append(*a), raising=False)
         prove(CPU, TOY)
         prove(CPU, TOY)
-        return dispatch._verdicts[CPU], children, "\n".join(said)
+        return dispatch._verdicts[CPU], given, "\n".join(said)
 
 
 WRONG = {
@@ -101,7 +103,7 @@ def test_an_op_has_a_child_of_its_own_and_another_after_one_that_ended(proved) -
     first, again = (
         [[(op, d) for d in dtypes] for op in of]
         for dtypes, of in (
-            (("float16", "float32"), self_check.importlib.import_module("toy_checks").CHECKS),
+            (("float16", "float32"), importlib.import_module("toy_checks").CHECKS),
             (("float32",), ("aborts", "leaves", "raises", "hangs", "wide only")),
         )
     )
@@ -192,17 +194,17 @@ def test_the_second_process_starts_no_child(one_op: Path, monkeypatch: pytest.Mo
     assert [v["error"] for v in first.values()] == [None, None]
     assert len(list((tmp_path / "cache").iterdir())) == 1
     dispatch._verdicts.clear()
-    monkeypatch.setattr(proof, "_Child", no_child)
+    monkeypatch.setattr(children, "_Child", no_child)
     assert prove(CPU, ONE) == first
 
 
 def test_failures_are_cached_and_reported_again_by_the_next_process(
     one_op: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(proof, "_check_in_children", toy_verdicts("too slow"))
+    monkeypatch.setattr(proof, "check_in_children", toy_verdicts("too slow"))
     prove(CPU, ONE)
     dispatch._verdicts.clear()
-    monkeypatch.setattr(proof, "_check_in_children", no_child)
+    monkeypatch.setattr(proof, "check_in_children", no_child)
     assert [v["error"] for v in prove(CPU, ONE).values()] == ["too slow"] * 2
     assert capsys.readouterr().err.count("right runs as plain PyTorch on cpu") == 2
 
@@ -215,7 +217,7 @@ def test_verdicts_are_of_these_sources_and_flags_alone(
     shutil.copytree(proof.KERNELS, kernels, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(proof, "KERNELS", kernels)
     checked = []
-    monkeypatch.setattr(proof, "_check_in_children", lambda *a: checked.append(1) or toy_verdicts(None)(*a))
+    monkeypatch.setattr(proof, "check_in_children", lambda *a: checked.append(1) or toy_verdicts(None)(*a))
     prove(CPU, ONE)
     dispatch._verdicts.clear()
     if change == "check":
@@ -237,7 +239,7 @@ def test_a_broken_cache_is_checked_again_and_mended(
     damage: bytes, one_op: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     checked = []
-    monkeypatch.setattr(proof, "_check_in_children", lambda *a: checked.append(1) or toy_verdicts(None)(*a))
+    monkeypatch.setattr(proof, "check_in_children", lambda *a: checked.append(1) or toy_verdicts(None)(*a))
     for _ in range(3):
         assert {v["error"] for v in prove(CPU, ONE).values()} == {None}
         dispatch._verdicts.clear()
@@ -249,7 +251,7 @@ def test_a_broken_cache_is_checked_again_and_mended(
 
 def test_a_torn_last_line_costs_its_own_verdict_alone(one_op: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
-    monkeypatch.setattr(proof, "_check_in_children", lambda *a: asked.append(list(a[2])) or toy_verdicts(None)(*a))
+    monkeypatch.setattr(proof, "check_in_children", lambda *a: asked.append(list(a[2])) or toy_verdicts(None)(*a))
     prove(CPU, ONE)
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(file.read_bytes()[:-20])
@@ -263,7 +265,7 @@ def test_an_unwritable_cache_costs_time_and_not_the_run(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(proof, "_check_in_children", toy_verdicts(None))
+    monkeypatch.setattr(proof, "check_in_children", toy_verdicts(None))
     assert [v["error"] for v in prove(CPU, ONE).values()] == [None, None]
     assert "not cached" in capsys.readouterr().err
 
@@ -302,7 +304,7 @@ def test_on_a_gpu_only_what_has_passed_runs(monkeypatch: pytest.MonkeyPatch, cap
         assert not runs_triton("unknown", rows_on(GPU))
         assert not runs_triton("good", rows_on(GPU, torch.float64))
         assert runs_triton("wide", rows_on(GPU)) and not runs_triton("wide", rows_on(GPU, torch.float32))
-    assert asked == [(GPU, "tinylora.kernels.self_check:CHECKS")]
+    assert asked == [(GPU, "tinylora.kernels.checks:CHECKS")]
     said = capsys.readouterr().err
     assert [said.count(f"{op} runs as plain PyTorch on cuda:0") for op in ("good", "bad", "unknown")] == [0, 1, 1]
     runs_triton("good", rows_on(torch.device("cuda", 1)))
@@ -333,7 +335,7 @@ def test_a_cpu_runs_kernels_interpreted_where_both_are_asked_for(
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", interpreted)
     monkeypatch.setenv("TINYLORA_BACKEND", name)
-    monkeypatch.setattr(proof, "_Child", no_child)
+    monkeypatch.setattr(children, "_Child", no_child)
     assert runs_triton("swiglu", torch.zeros(1)) == runs
     assert not runs_triton("swiglu", torch.zeros(1, device="meta"))
 
@@ -369,11 +371,11 @@ def test_the_allowance_is_twice_plain_and_one_rounding_of_fp32(dtype: torch.dtyp
     one, eps = torch.ones(64, dtype=torch.float64), torch.finfo(dtype).eps
     plain, most = (one * (1 + 8 * eps)).to(dtype), 16 * eps + 2**-23
     for a, passes in ((16 * eps, True), (18 * eps, False)):
-        mine, theirs, allowed = self_check.relative_errors((one * (1 + a)).to(dtype), plain, one)
+        mine, theirs, allowed = relative_errors((one * (1 + a)).to(dtype), plain, one)
         assert (mine <= allowed) == passes and theirs == 8 * eps and allowed == most
     wrong = torch.arange(64)
-    assert self_check.relative_errors(wrong, wrong, wrong)[0] == 0
-    assert self_check.relative_errors(wrong, wrong, wrong.clamp(max=62))[0] == 1 / 64
+    assert relative_errors(wrong, wrong, wrong)[0] == 0
+    assert relative_errors(wrong, wrong, wrong.clamp(max=62))[0] == 1 / 64
 
 
 def test_the_cuda_backend_asks_for_a_library_and_its_proof(
@@ -391,7 +393,7 @@ def test_the_cuda_backend_asks_for_a_library_and_its_proof(
         return {(op, "bfloat16"): {"op": op, "error": error}}
 
     monkeypatch.setattr(dispatch, "cached_or_checked", checked)
-    monkeypatch.setattr(build, "library", lambda architectures: compiled.append(architectures))
+    monkeypatch.setattr(library, "cuda_library", lambda architectures: compiled.append(architectures))
     for _ in range(2):
         assert runs_cuda("decode_linear", rows_on(GPU)) and runs_triton("swiglu", rows_on(GPU))
     assert asked == [dispatch.CHECKS, dispatch.CUDA_CHECKS] and compiled == [["sm_90a"]]
@@ -439,6 +441,6 @@ def test_an_unproven_cuda_kernel_is_not_captured(monkeypatch: pytest.MonkeyPatch
 def test_a_cuda_verdict_is_of_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_of_a_test(monkeypatch)
     names = iter(["csrc-a.so", "csrc-b.so"])
-    monkeypatch.setattr(build, "library", lambda _: Path(next(names)))
+    monkeypatch.setattr(library, "cuda_library", lambda _: Path(next(names)))
     one, two = (proof._conditions(GPU, dispatch.CUDA_CHECKS) for _ in range(2))
     assert one.pop("library") != two.pop("library") and one == two

@@ -15,18 +15,22 @@ from tinylora.adapter.config import TinyLoRAConfig
 from tinylora.adapter.on_decoder import Adapter
 from tinylora.engine.rollout import Completion
 from tinylora.errors import BuildError
-from tinylora.kernels import dispatch, native
-from tinylora.kernels.attention import Packing, packed_attention, packed_attention_ref
+from tinylora.files import cache_dir
+from tinylora.kernels import dispatch, library, native
+from tinylora.kernels.accuracy import rms
+from tinylora.kernels.attention import packed_attention, packed_attention_ref
+from tinylora.kernels.checks import NATIVE_CHECKS
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.decode_attention import CacheView, decode_attention, rope_into_cache
+from tinylora.kernels.packing import Packing
 from tinylora.kernels.rope import Heads, _forward_op, rope_native, rope_plain
-from tinylora.kernels.self_check import NATIVE_CHECKS, rms, verdict
+from tinylora.kernels.self_check import verdict
 from tinylora.kernels.shrink import shrink, shrink_native
 from tinylora.model.loader import load_model
 from tinylora.rl.update import score
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
+pytestmark = pytest.mark.skipif(library.c_compiler() is None, reason="no C compiler")
 
 # What is changed in csrc/cpu.c -> the op whose check must fail.
 FAULTS = [
@@ -55,10 +59,10 @@ FAULTS = [
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """The library is looked for anew, and the true one again afterwards."""
-    for f in (native.identity, native.functions):
+    for f in (library.c_identity, native.functions):
         f.cache_clear()
     yield
-    for f in (native.identity, native.functions):
+    for f in (library.c_identity, native.functions):
         f.cache_clear()
 
 
@@ -72,11 +76,11 @@ def test_every_kernel_matches_its_reference(op: str) -> None:
 def test_a_planted_fault_is_found(
     old: str, new: str, op: str, fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = native.SOURCE.read_text()
+    source = library.C_SOURCE.read_text()
     assert old in source
     broken = tmp_path / "cpu.c"
     broken.write_text(source.replace(old, new))
-    monkeypatch.setattr(native, "SOURCE", broken)
+    monkeypatch.setattr(library, "C_SOURCE", broken)
     assert verdict(op, NATIVE_CHECKS[op], CPU, torch.float32, seed=1)["error"] is not None
 
 
@@ -139,12 +143,12 @@ GUARDS = [
 @pytest.fixture(scope="module")
 def host_test(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every entry under AddressSanitizer and UBSan; its argument is the guard it runs without, 0 being none."""
-    folder, source = tmp_path_factory.mktemp("host"), native.SOURCE.read_text()
+    folder, source = tmp_path_factory.mktemp("host"), library.C_SOURCE.read_text()
     assert all(source.count(right) == 1 for right, _ in GUARDS), [r for r, _ in GUARDS if source.count(r) != 1]
     (folder / "cpu.c").write_text("static int fault;\n" + planted(source, dict(enumerate(GUARDS, 1))))
-    flags = [*native.FLAGS[1:], "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{folder}"]
+    flags = [*library.CC_FLAGS[1:], "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{folder}"]
     driver = Path(__file__).parents[1] / "host" / "cpu_test.c"
-    command = [native.compiler(), *flags, str(driver), "-o", str(folder / "test"), "-lm"]
+    command = [library.c_compiler(), *flags, str(driver), "-o", str(folder / "test"), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder / "test"
@@ -281,6 +285,7 @@ def test_what_a_function_refuses_is_named() -> None:
 
 SCRIPT = """
 import torch
+from tinylora.kernels.checks import NATIVE_CHECKS
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.shrink import shrink, shrink_ref
 x = torch.randn(9, 40)
@@ -306,10 +311,10 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path: Path) -> None:
 
 def test_a_source_that_does_not_compile(fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cpu.c").write_text("int main(void) { return nothing; }")
-    monkeypatch.setattr(native, "SOURCE", tmp_path / "cpu.c")
+    monkeypatch.setattr(library, "C_SOURCE", tmp_path / "cpu.c")
     with pytest.raises(BuildError, match="nothing"):
-        native.build()
-    assert not list(native.cache_dir().glob(".cpu-*"))
+        library.c_library()
+    assert not list(cache_dir().glob(".cpu-*"))
 
 
 def test_arguments_are_counted() -> None:

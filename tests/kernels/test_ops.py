@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from bench.measure import peak_extra_bytes
 from tinylora.kernels import token_logprobs as tl
-from tinylora.kernels.attention import Packing, packed_attention, packed_attention_ref
+from tinylora.kernels.attention import packed_attention, packed_attention_ref
 from tinylora.kernels.decode_attention import CacheView, decode_attention
+from tinylora.kernels.packing import Packing
 from tinylora.kernels.sampling import sample, uniforms
 
 

@@ -5,16 +5,16 @@ import torch
 import torch.nn.functional as F
 
 from tinylora.kernels import add_norm, rope, shrink, swiglu
-from tinylora.kernels import correction as correction_module
 from tinylora.kernels import linear as linear_module
+from tinylora.kernels import products as products_module
+from tinylora.kernels.accuracy import rms
 from tinylora.kernels.correction import Correction, padded, padded_width, row_stride
 from tinylora.kernels.frozen import FrozenLinear
 from tinylora.kernels.fused_linear import config as linear_config
+from tinylora.kernels.launch import row_config
 from tinylora.kernels.linear import linear, linear_ref
 from tinylora.kernels.products import CHAIN, onednn_keeps_rows, onednn_linear
 from tinylora.kernels.rms_norm import rms_norm_ref
-from tinylora.kernels.row_triton import row_config
-from tinylora.kernels.self_check import rms
 
 T = 24  # a multiple of 8, as every plain op gets it
 
@@ -259,7 +259,7 @@ def test_onednn_is_left_out_where_rows_depend_on_the_batch(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda x, *rest: real(x, *rest) + (len(x) < 16) * 1e-6)
     keeps = onednn_keeps_rows.__wrapped__()
     assert not keeps
-    monkeypatch.setattr(correction_module, "onednn_keeps_rows", lambda: keeps)
+    monkeypatch.setattr(products_module, "onednn_keeps_rows", lambda: keeps)
     x, weight = draw(6)(8, 64).float(), draw(7)(64, 64).float()
     assert torch.equal(onednn_linear(x, weight), F.linear(x, weight))
 

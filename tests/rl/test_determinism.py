@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tinylora.kernels import attention
-from tinylora.kernels.attention import Packing, packed_attention_ref
+from tinylora.kernels.attention import packed_attention_ref
+from tinylora.kernels.packing import Packing
 from tinylora.rl.update import deterministic
 
 LENGTHS, PREFIXES = [5, 3, 4, 2], [0, 1]  # two whole sequences, and a suffix of each

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from tinylora.kernels import dispatch, native
 from tinylora.kernels.correction import Correction, padded, write_sM, write_z
-from tinylora.kernels.launch import launch, tl, triton
+from tinylora.kernels.launch import add_shrunk, arguments, launch, row_config, store_mixed, tl, triton
 from tinylora.kernels.rms_norm import rms_norm_backward, rms_norm_forward
-from tinylora.kernels.row_triton import add_shrunk, arguments, row_config, store_mixed
 
 BUDGET = {"_forward": (64, 8192), "_backward": (80, 8192)}  # kernel: registers a thread, bytes of shared memory
 

@@ -11,7 +11,7 @@ import torch
 
 from tinylora.cli import run_command
 from tinylora.errors import BuildError, InputError
-from tinylora.kernels.library import architecture, library, record
+from tinylora.kernels.library import architecture, cuda_library, record
 
 
 def main(arguments: list[str]) -> int:
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     if not options.arch and not torch.cuda.is_available():
         raise InputError("there is no GPU to compile for; name architectures, for example --arch sm_90a")
     try:
-        path = library(options.arch or [architecture(torch.device("cuda"))])
+        path = cuda_library(options.arch or [architecture(torch.device("cuda"))])
     except BuildError as error:
         print(f"tinylora: nothing was compiled: {error}", file=sys.stderr)
         return 1

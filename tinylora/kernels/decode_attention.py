@@ -23,10 +23,9 @@ from torch import Tensor
 from tinylora.kernels import dispatch, native
 from tinylora.kernels.attention import softmax_scores
 from tinylora.kernels.correction import Correction
-from tinylora.kernels.launch import launch, tl, triton
+from tinylora.kernels.launch import add_shrunk, arguments, launch, store_mixed, tl, triton
 from tinylora.kernels.products import NARROW
 from tinylora.kernels.rope import Heads, rope, rope_cache_native, rope_cache_triton
-from tinylora.kernels.row_triton import add_shrunk, arguments, store_mixed
 from tinylora.kernels.shrink import shrink
 
 BUDGET = {"_partial": (128, 40_960), "_combine": (64, 4096)}  # kernel: registers a thread, bytes of shared memory

@@ -48,7 +48,7 @@ def decode_linear_ref(
 def load(device: torch.device) -> None:
     """Register torch.ops.tinylora.decode_linear from the library for a device. BuildError where there is none."""
 
-    path = library.library([library.architecture(device)])
+    path = library.cuda_library([library.architecture(device)])
     try:
         torch.ops.load_library(path)
     except OSError as error:

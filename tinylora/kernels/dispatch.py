@@ -15,8 +15,9 @@ from torch import Tensor
 from tinylora.errors import BuildError, InputError
 from tinylora.files import cache_dir
 from tinylora.kernels import library, native
+from tinylora.kernels.children import Task, Verdict
 from tinylora.kernels.correction import Correction
-from tinylora.kernels.proof import CHECKS, CUDA_CHECKS, NATIVE_CHECKS, Task, Verdict, cached_or_checked, name_of, tasks_of
+from tinylora.kernels.proof import CHECKS, CUDA_CHECKS, NATIVE_CHECKS, cached_or_checked, name_of, tasks_of
 
 # addmm: plain PyTorch, the correction as a second product on plain weights. padded, triton, cuda: Triton row
 # kernels, and the frozen linear as one product over padded buffers, as the fused Triton kernel, as the CUDA decode kernel.
@@ -141,7 +142,7 @@ def _checked(device: torch.device, checks: str, watch: Callable[[Verdict], None]
 
     if checks == CUDA_CHECKS:
         try:
-            library.library([library.architecture(device)])
+            library.cuda_library([library.architecture(device)])
         except BuildError as error:
             return none(f"it was not compiled: {error}")
     if checks == NATIVE_CHECKS:

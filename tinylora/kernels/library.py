@@ -1,14 +1,16 @@
-"""The library of csrc/'s CUDA C++ kernels: compiled for a GPU by nvcc, once, and kept in the cache.
+"""A file of csrc/, compiled once: cpu.c by the machine's own C compiler, the CUDA C++ by nvcc.
 
-Nothing is compiled on `pip install`. TINYLORA_BACKEND=cuda compiles for the GPU that is there before its first use;
-`python -m tinylora.kernels.build` does so beforehand. What comes out is kept in the cache under a hash of sources, flags,
-compiler and PyTorch; it appears whole or not at all, and of several processes one compiles while the others wait.
+Nothing is compiled on `pip install`. The C takes seconds, on its first use. The CUDA C++ takes up to a minute:
+TINYLORA_BACKEND=cuda compiles for the GPU that is there before its first use; `python -m tinylora.kernels.build` does so
+beforehand. What comes out is kept in the cache, under a hash of source, flags, compiler and processor or PyTorch; it appears
+whole or not at all. Of several processes one runs nvcc while the others wait.
 """
 
 import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +28,57 @@ from tinylora.errors import BuildError
 from tinylora.files import cache_dir, write_text
 
 SOURCES = Path(__file__).parent.parent / "csrc"  # a link to csrc/ in a checkout, a folder in an installed package
+C_SOURCE = SOURCES / "cpu.c"
+# Vectors are written out. Left to the compiler, a loop has several paths, and a row's bits may depend on which it takes.
+CC_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-tree-vectorize", "-fno-math-errno", "-fopenmp", "-fPIC")
 TORCH = Path(torch.__file__).parent
 HEADERS = TORCH / "include"
 OLDEST = (12, 8)  # the first nvcc that compiles for Blackwell
-FLAGS = ("-O3", "--threads=0", "-std=c++17", "-shared", "-Xcompiler=-fPIC,-Wall", "-Werror=all-warnings", "-Xptxas=-v")
+NVCC_FLAGS = ("-O3", "--threads=0", "-std=c++17", "-shared", "-Xcompiler=-fPIC,-Wall", "-Werror=all-warnings", "-Xptxas=-v")
 STABLE = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")  # 2.11: what is built serves it and later versions
 
 
-def sources() -> list[Path]:
-    return sorted(f for f in SOURCES.glob("*") if f.suffix != ".c")  # cpu.c is `native`'s
+def c_compiler() -> str | None:
+    return shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+
+
+@cache
+def c_identity() -> str:
+    """What the library of cpu.c depends on, as a hash: also the processor, for which it is compiled."""
+    cc = c_compiler()
+    version = subprocess.run([cc, "--version"], capture_output=True, text=True).stdout if cc else ""
+    info = Path("/proc/cpuinfo")
+    about = re.search(r"^(flags|Features).*$", info.read_text(), re.MULTILINE) if info.exists() else None
+    parts = (C_SOURCE.read_text(), *CC_FLAGS, version, platform.machine(), about[0] if about else "")
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def c_library() -> Path:
+    """The library of cpu.c, from the cache or from the compiler. BuildError, in one line, where it cannot be had."""
+    cc, path = c_compiler(), cache_dir() / f"cpu-{c_identity()}.so"
+    if path.exists():
+        return path
+    if cc is None:
+        raise BuildError("no C compiler: neither CC nor cc, gcc or clang")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".cpu-") as folder:
+            object_, library = Path(folder) / "cpu.o", Path(folder) / "cpu.so"
+            # In two steps: the second without -fopenmp, or a second runtime would be loaded.
+            for command in (
+                [cc, *CC_FLAGS, "-c", str(C_SOURCE), "-o", str(object_)],
+                [cc, "-shared", str(object_), "-o", str(library)],
+            ):
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    said = next(
+                        (line for line in done.stderr.splitlines() if "error" in line), f"exit status {done.returncode}"
+                    )
+                    raise BuildError(f"{cc} failed: {said.strip()[:200]}")
+            os.replace(library, path)
+    except OSError as error:
+        raise BuildError(f"{cc} cannot be run, or the cache not written: {error}") from None
+    return path
 
 
 def architecture(device: torch.device) -> str:
@@ -42,7 +87,7 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
 
 
-def _nvcc() -> tuple[str, str]:
+def find_nvcc() -> tuple[str, str]:
     """The compiler's path and its version."""
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
@@ -65,7 +110,7 @@ def _command(nvcc: str, architectures: Sequence[str]) -> list[str]:
     codes = [f"-gencode=arch=compute_{a.removeprefix('sm_')},code={a}" for a in architectures]
     # By way of libtorch.so, which needs whatever this PyTorch has: with CUDA the stream's function is then found, without not.
     torch_ = [f"-isystem={HEADERS}", f"-L{TORCH / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch"]
-    return [nvcc, *FLAGS, *STABLE, *codes, *torch_, str(SOURCES / "registration.cu")]
+    return [nvcc, *NVCC_FLAGS, *STABLE, *codes, *torch_, str(SOURCES / "registration.cu")]
 
 
 def resources(log: str) -> list[dict[str, Any]]:
@@ -82,8 +127,8 @@ def resources(log: str) -> list[dict[str, Any]]:
     return found
 
 
-def library(architectures: Sequence[str]) -> Path:
-    """The library of csrc/ for these architectures, from the cache or from nvcc, which takes up to a minute.
+def cuda_library(architectures: Sequence[str]) -> Path:
+    """The library of the CUDA C++ for these architectures, from the cache or from nvcc, which takes up to a minute.
 
     BuildError, in one line, where it cannot be had.
     """
@@ -91,10 +136,10 @@ def library(architectures: Sequence[str]) -> Path:
         raise BuildError(f"this installation lacks {SOURCES}")
     if not (HEADERS / "torch" / "csrc" / "stable" / "library.h").exists():
         raise BuildError(f"this PyTorch lacks its headers, {HEADERS / 'torch' / 'csrc' / 'stable'}")
-    nvcc, version = _nvcc()
+    nvcc, version = find_nvcc()
     command = _command(nvcc, architectures)
     key = hashlib.sha256(json.dumps([command[1:], version, torch.__version__]).encode())
-    for file in sources():
+    for file in sorted(f for f in SOURCES.glob("*") if f.suffix != ".c"):
         key.update(file.name.encode() + b"\0" + file.read_bytes())
     path = cache_dir() / f"csrc-{'-'.join(architectures)}-{key.hexdigest()[:16]}.so"
     try:

@@ -1,20 +1,13 @@
-"""The C kernels of csrc/cpu.c: compiled once by the machine's own compiler, loaded into this process, called by name.
+"""Calling the C kernels of csrc/cpu.c: its library is loaded into this process, and its functions are called by name.
 
-They are for fp32 on a CPU. Nothing is compiled on `pip install`: the first use takes seconds, and what comes out is kept in the
-cache under a hash of source, flags, compiler and processor. Threads are PyTorch's: the library is linked to no OpenMP runtime
-and finds the one that PyTorch has loaded.
+They are for fp32 on a CPU. Threads are PyTorch's: the library is linked to no OpenMP runtime and finds the one that PyTorch
+has loaded.
 """
 
 import contextlib
 import ctypes
-import hashlib
-import os
-import platform
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,59 +16,13 @@ import torch
 from torch import Tensor
 
 from tinylora.errors import BuildError
-from tinylora.files import cache_dir
+from tinylora.kernels import library
 from tinylora.kernels.correction import Correction
 
-SOURCE = Path(__file__).parent.parent / "csrc" / "cpu.c"
-# Vectors are written out. Left to the compiler, a loop has several paths, and a row's bits may depend on which it takes.
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-tree-vectorize", "-fno-math-errno", "-fopenmp", "-fPIC")
 MOST, NO_MEMORY = 512, 2  # columns of a correction, and what a function returns; as the source knows too
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 PARALLEL = 4096  # numbers from which threads pay
 TYPES = {"l64": ctypes.c_int64, "float": ctypes.c_float}
-
-
-def compiler() -> str | None:
-    return shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
-
-
-@cache
-def identity() -> str:
-    """What the library depends on, as a hash: also the processor, for which it is compiled."""
-    cc = compiler()
-    version = subprocess.run([cc, "--version"], capture_output=True, text=True).stdout if cc else ""
-    info = Path("/proc/cpuinfo")
-    about = re.search(r"^(flags|Features).*$", info.read_text(), re.MULTILINE) if info.exists() else None
-    parts = (SOURCE.read_text(), *FLAGS, version, platform.machine(), about[0] if about else "")
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def build() -> Path:
-    """The library, from the cache or from the compiler. BuildError, in one line, where it cannot be had."""
-    cc, path = compiler(), cache_dir() / f"cpu-{identity()}.so"
-    if path.exists():
-        return path
-    if cc is None:
-        raise BuildError("no C compiler: neither CC nor cc, gcc or clang")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".cpu-") as folder:
-            object_, library = Path(folder) / "cpu.o", Path(folder) / "cpu.so"
-            # In two steps: the second without -fopenmp, or a second runtime would be loaded.
-            for command in (
-                [cc, *FLAGS, "-c", str(SOURCE), "-o", str(object_)],
-                [cc, "-shared", str(object_), "-o", str(library)],
-            ):
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    said = next(
-                        (line for line in done.stderr.splitlines() if "error" in line), f"exit status {done.returncode}"
-                    )
-                    raise BuildError(f"{cc} failed: {said.strip()[:200]}")
-            os.replace(library, path)
-    except OSError as error:
-        raise BuildError(f"{cc} cannot be run, or the cache not written: {error}") from None
-    return path
 
 
 @cache
@@ -85,13 +32,13 @@ def functions() -> dict[str, Any]:
     if sys.platform != "linux" or not loaded:
         raise BuildError("this PyTorch has loaded no OpenMP runtime")
     ctypes.CDLL(loaded[0], mode=ctypes.RTLD_GLOBAL)
-    library, source = ctypes.CDLL(str(build())), SOURCE.read_text()
+    kernels, source = ctypes.CDLL(str(library.c_library())), library.C_SOURCE.read_text()
     shared = dict(re.findall(r"#define (PACK|CORRECTION|CACHE) ((?:.*\\\n)*.*)\n", source))
     found = {}
     for name, parameters in re.findall(r"^int (\w+)\(([^)]*)\)", source, re.MULTILINE):
         for macro, text in shared.items():
             parameters = re.sub(rf"\b{macro}\b", text, parameters)
-        function = found[name] = getattr(library, name)
+        function = found[name] = getattr(kernels, name)
         function.argtypes = [ctypes.c_void_p if "*" in p else TYPES[p.split()[-2]] for p in parameters.split(",")]
         function.restype, function.parameters = ctypes.c_int, [p.split()[-1] for p in parameters.split(",")]
     return found

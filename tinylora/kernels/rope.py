@@ -18,9 +18,8 @@ from torch import Tensor
 
 from tinylora.kernels import dispatch, native
 from tinylora.kernels.correction import Correction, padded, write_sM
-from tinylora.kernels.launch import launch, tl, triton
+from tinylora.kernels.launch import add_shrunk, arguments, launch, store_mixed, tl, triton
 from tinylora.kernels.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_ref
-from tinylora.kernels.row_triton import add_shrunk, arguments, store_mixed
 
 BUDGET = {"_forward": (64, 0), "_backward": (176, 8192)}  # kernel: registers a thread, bytes of shared memory
 

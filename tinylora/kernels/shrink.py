@@ -8,9 +8,8 @@ from torch import Tensor
 
 from tinylora.kernels import dispatch, native
 from tinylora.kernels.correction import Correction
-from tinylora.kernels.launch import launch, tl, triton
+from tinylora.kernels.launch import add_shrunk, arguments, launch, row_config, store_mixed, tl, triton
 from tinylora.kernels.products import narrow_product
-from tinylora.kernels.row_triton import add_shrunk, arguments, row_config, store_mixed
 
 BUDGET = {"_shrink": (64, 8192)}  # kernel: registers a thread, bytes of shared memory
 

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from tinylora.kernels import dispatch
 from tinylora.kernels.add_norm import add_norm
-from tinylora.kernels.attention import Packing, packed_attention
+from tinylora.kernels.attention import packed_attention
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.decode_attention import CacheView, decode_attention, rope_into_cache
 from tinylora.kernels.decode_linear import decode_linear, takes
 from tinylora.kernels.frozen import FrozenLinear
 from tinylora.kernels.linear import linear
+from tinylora.kernels.packing import Packing
 from tinylora.kernels.products import NARROW, pad_rows, padded_rows
 from tinylora.kernels.reduce_dm import reduced_together
 from tinylora.kernels.rope import Heads, rope, rope_tables
