@@ -1,15 +1,14 @@
 """The frozen linear of other people's layers: whole in itself, one frozen weight shared by every adapter of a batch.
 
     t = x A^T          (T, R)   shrink: all that a frozen linear must keep for its backward
-    z = M t            (T, R)   expand, segment by segment: z[s] = M[s] t[s]
-    y = x W^T + z B^T  (T, N)
+    z = M t            (T, R)   mix, segment by segment: z[s] = M[s] t[s]
+    y = x W^T + z B^T  (T, N)   expand: the product with B^T
     s = dy B           (T, R)
     dM = s^T t, segment by segment      dx = dy W + (M^T s) A      dW does not exist
 
 Layers that read the same input are one group: qkv has 3 segments, gate+up 2, o and down 1. W (N, K) holds their rows one
 below the other, A (R, K) their shrinks, B (N, R) their expands in blocks, with R = segments * r. `row_adapter` (T,) picks
 M per row, so any row of a batch may carry any adapter.
-
 """
 
 from contextlib import AbstractContextManager, nullcontext
