@@ -26,7 +26,6 @@ from tinylora.engine.text import Text
 from tinylora.errors import BuildError
 from tinylora.kernels import dispatch, library
 from tinylora.kernels.token_logprobs import token_logprobs
-from tinylora.model.cache import KVCache
 from tinylora.model.loader import load_model
 from tinylora.rl import step as step_module
 from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
@@ -159,7 +158,7 @@ def decode(run: Run) -> None:
                 for bucket in steps_of(run, slots):
                     start(s, context)
                     ms = run.clock(lambda s=s, b=bucket, c=context: [s.step(b, c + 64) for _ in range(8)], 5) / 8 * 1e3
-                    moved = weight_count(decoder) * size + bucket * context * KVCache.bytes_per_token(decoder.config, size)
+                    moved = weight_count(decoder) * size + bucket * context * decoder.config.cache_bytes(size)
                     flop = 2 * weight_count(decoder) * bucket
                     floor = max(moved / run.rates[1], flop / run.rates[0]) * 1e3
                     row = {"adapters": adapters, "bucket": bucket, "context": context, "ms": ms, "floor_ms": floor}
@@ -231,7 +230,7 @@ def step(run: Run) -> None:
             run.sync()
             spent = time.perf_counter() - began
             host = 1 - busy() / spent
-        cached = KVCache.bytes_per_token(decoder.config, size) * (prompt + usage.tokens / len(completions) / 2)
+        cached = decoder.config.cache_bytes(size) * (prompt + usage.tokens / len(completions) / 2)
         floor = (usage.steps * weight_count(decoder) * size + usage.tokens * cached) / run.rates[1]
         rate = {"tokens_per_second": usage.tokens / spent, "ms_a_step": spent / usage.steps * 1e3, "x_floor": spent / floor}
         run.fact(

@@ -33,7 +33,6 @@ from tinylora.cli import table
 from tinylora.engine.rollout import Sampling, Usage, _Rollout, rollout
 from tinylora.engine.slots import Slots
 from tinylora.engine.text import Text
-from tinylora.model.cache import KVCache
 from tinylora.model.decoder import Decoder
 from tinylora.model.loader import load_model
 from tinylora.tasks.sets import load_task
@@ -88,7 +87,7 @@ def floors(model: Decoder, usage: Usage, mean_length: float, rates: tuple[float,
     and by their FLOP."""
     size = model.embedding.element_size()
     parameters = sum(g.weight.numel() for layer in model.layers for g in layer.groups) + model.head.numel()
-    cached = KVCache.bytes_per_token(model.config, size) * mean_length
+    cached = model.config.cache_bytes(size) * mean_length
     return (usage.steps * parameters * size + usage.tokens * cached) / rates[1], 2 * parameters * usage.tokens / rates[0]
 
 

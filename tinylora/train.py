@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from tinylora.cli import read_settings, run_command, split_flag
-from tinylora.engine.text import Text
 from tinylora.errors import InputError
 from tinylora.evaluation.scores import summary
-from tinylora.model.loader import resolve_model
 from tinylora.rl.config import GONE, TrainConfig, preset
-from tinylora.rl.dry_run import dry_run, first_row
+from tinylora.rl.dry_run import dry_run, first_prompt
 from tinylora.rl.trainer import Trainer
 
 
@@ -90,8 +88,7 @@ def main(arguments: list[str]) -> int:
         print(dry_run(config, split_flag([dashed(a) for a in arguments], "--config")[0]))
         return 0
     if command.show_prompt:
-        row = first_row(config)
-        print(Text(resolve_model(config.model, weights=False)).render(row["prompt"]) if row else "there are no training rows")
+        print(first_prompt(config))
         return 0
     trainer = Trainer(config, resume=command.resume)
     print(describe(trainer), trainer.plan, sep="\n", flush=True)

@@ -67,7 +67,7 @@ def test_slots_pages_and_sharing_change_nothing(adapted, slots, page_size):
         {},
         {"share_prompts": False},
         {"expected": [3.0, 1.0, 5.0, 2.0, 4.0]},
-        {"cache_bytes": 48 * KVCache.bytes_per_token(model.config, 4) + 1},
+        {"cache_bytes": 48 * model.config.cache_bytes(4) + 1},
     ):
         same(whole, rollout(model, matrices, PROMPTS, 4, SAMPLING, slots=slots, page_size=page_size, usage=usage, **options))
     assert usage.tokens == 4 * sum(len(c.tokens) for c in whole)
@@ -78,7 +78,7 @@ def test_slots_pages_and_sharing_change_nothing(adapted, slots, page_size):
 def test_a_cache_too_small_for_one_sequence_is_refused(adapted):
     model, _, matrices = adapted
     with pytest.raises(InputError, match="KV cache"):
-        rollout(model, matrices, PROMPTS, 4, SAMPLING, cache_bytes=35 * KVCache.bytes_per_token(model.config, 4), page_size=4)
+        rollout(model, matrices, PROMPTS, 4, SAMPLING, cache_bytes=35 * model.config.cache_bytes(4), page_size=4)
     with pytest.raises(InputError, match="KV cache"):
         rollout(model, matrices, PROMPTS, 4, SAMPLING, cache_bytes=1)
     with pytest.raises(InputError, match="prompt 1 is empty"):
@@ -221,7 +221,7 @@ def keeping() -> Iterator[list[Slots]]:
 
 def room(model, tokens: int) -> dict[str, int]:
     """Options of a rollout in pages of 4."""
-    return {"page_size": 4, "cache_bytes": tokens * KVCache.bytes_per_token(model.config, 4)}
+    return {"page_size": 4, "cache_bytes": tokens * model.config.cache_bytes(4)}
 
 
 @PLAIN

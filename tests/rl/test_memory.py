@@ -12,7 +12,6 @@ from tinylora.engine.memory import cache_bytes, free_bytes
 from tinylora.engine.slots import Kept
 from tinylora.errors import InputError
 from tinylora.kernels.token_logprobs import token_logprobs
-from tinylora.model.cache import KVCache
 from tinylora.model.loader import load_model
 from tinylora.rl.memory import activation_bytes, plan_memory
 
@@ -43,7 +42,7 @@ def test_the_plan_is_what_an_update_takes(model, lengths):
 
 
 def test_it_fits_what_is_free(model):
-    per_token, per_position = activation_bytes(model), KVCache.bytes_per_token(model.config, 4)
+    per_token, per_position = activation_bytes(model), model.config.cache_bytes(4)
     roomy = plan_memory(model, 100, 64, None, free=1 << 32)
     assert roomy.microbatch_tokens == 4096 and roomy.cache == 64 * 100 * per_position
     tight = plan_memory(model, 100, 64, None, free=300 * (per_token + per_position))

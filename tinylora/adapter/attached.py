@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tinylora.adapter.config import TinyLoRAConfig, stored
 from tinylora.adapter.files import read_adapter, save_adapter
-from tinylora.adapter.parts import Base, Parts, draw_parts
+from tinylora.adapter.parts import Base, Parts, draw_parts, fill_v
 from tinylora.errors import InputError
 from tinylora.files import content_hash
 from tinylora.kernels import dispatch
@@ -329,10 +329,7 @@ class AttachedAdapter(nn.Module):
 
     def load_v(self, v: Tensor) -> None:
         """Set the active adapter's v from a (groups, u) tensor of any float dtype."""
-        if tuple(v.shape) != tuple(self.v.shape):
-            raise InputError(f"v has shape {tuple(v.shape)}; this adapter's is {tuple(self.v.shape)}")
-        with torch.no_grad():
-            self.v.copy_(v)
+        fill_v(self.v, v)
 
     def save(self, directory: str | Path) -> None:
         """Write the active adapter as `Adapter.save` does; under FSDP2 every process must call it."""

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from tinylora.adapter.config import TinyLoRAConfig, stored
 from tinylora.adapter.files import save_adapter
-from tinylora.adapter.parts import Base, Parts, draw_parts
-from tinylora.errors import InputError
+from tinylora.adapter.parts import Base, Parts, draw_parts, fill_v
 from tinylora.model.config import GROUPS, PROJECTIONS, module_name
 from tinylora.model.decoder import Decoder
 
@@ -100,10 +99,7 @@ class Adapter:
 
     def load_v(self, v: Tensor) -> None:
         """Set v from a (groups, u) tensor of any float dtype."""
-        if tuple(v.shape) != tuple(self.v.shape):
-            raise InputError(f"v has shape {tuple(v.shape)}; this adapter's is {tuple(self.v.shape)}")
-        with torch.no_grad():
-            self.v.copy_(v)
+        fill_v(self.v, v)
 
 
 def base_of_decoder(model: Decoder) -> Base:

@@ -100,3 +100,11 @@ def projection_of(config: TinyLoRAConfig, module: str) -> Tensor:
     else:
         place = xxhash.xxh3_64_intdigest(module.encode()) | 1 << 63
     return (prng.normal((config.u, config.r, config.r), config.p_seed, place) / math.sqrt(config.r)).float()
+
+
+def fill_v(v: Tensor, values: Tensor) -> None:
+    """Set an adapter's v (groups, u) from values of any float dtype. InputError where they have another shape."""
+    if tuple(values.shape) != tuple(v.shape):
+        raise InputError(f"v has shape {tuple(values.shape)}; this adapter's is {tuple(v.shape)}")
+    with torch.no_grad():
+        v.copy_(values)

@@ -145,7 +145,7 @@ class _Rollout:
         count = min(slots or MOST_SLOTS[kind], len(self.prompts) * self.generations)
         paged = kind != "cpu" or page_size is not None
         size = (page_size or PAGE) if paged else capacity
-        page_bytes = size * KVCache.bytes_per_token(model.config, model.embedding.element_size())
+        page_bytes = size * model.config.cache_bytes(model.embedding.element_size())
         least = page_bytes * (1 + -(-(longest + length) // size))
         pages = (cache_bytes or memory.cache_bytes(model, least)) // page_bytes
         if keeps_slots(model):  # shapes that stay from call to call, so that graphs do; whatever the cache's room allows
@@ -170,7 +170,7 @@ class _Rollout:
         sampling = dataclasses.replace(self.sampling, seed=0, eos_ids=tuple(self.sampling.eos_ids))
         self.key = (size, rows, longest, self.adapters, sampling)
         if graphs:
-            held = 0 if kept.room is None else len(kept.room) // (size * KVCache.bytes_per_token(config, 1)) - 1
+            held = 0 if kept.room is None else len(kept.room) // (size * config.cache_bytes(1)) - 1
             if held < pages:  # the old room goes before the new one comes, and the graphs that read it
                 kept.room = None
                 kept.slots.clear()

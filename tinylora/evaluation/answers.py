@@ -17,7 +17,6 @@ from tinylora.engine.text import Text
 from tinylora.evaluation.scores import Answer, Scored, Scores
 from tinylora.evaluation.store import Store, digest
 from tinylora.files import base_hash
-from tinylora.kernels import dispatch
 from tinylora.model.decoder import Decoder, Matrices
 from tinylora.tasks.grader import Grader
 from tinylora.tasks.grading import GRADER_VERSION, Verdict
@@ -97,7 +96,7 @@ def answer(
         "adapter": None if adapter is None else about_adapter(adapter),
         "dtype": str(model.dtype),
         "device": model.device.type if model.device.type == "cpu" else torch.cuda.get_device_name(model.device),
-        "backend": dispatch.backend(model.device.type),
+        "backend": model.backend,
         "versions": [tinylora.__version__, torch.__version__],
         "tokenizer": digest(text.tokenizer.get_vocab()),  # the same ids may read differently
     }

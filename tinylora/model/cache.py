@@ -41,10 +41,6 @@ class KVCache:
     def paged(self) -> bool:
         return self.table is not None
 
-    @staticmethod
-    def bytes_per_token(config: ModelConfig, element_size: int) -> int:
-        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * element_size
-
     def write_prompt(
         self,
         keys: Tensor,  # (layers, tokens, kv_heads, head_dim)

@@ -55,6 +55,10 @@ class ModelConfig:
             "down_proj": (self.hidden_size, self.intermediate_size),
         }[projection]
 
+    def cache_bytes(self, element_size: int) -> int:
+        """Of one position's keys and values, in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_size
+
     @staticmethod
     def load(directory: Path) -> "ModelConfig":
         """Read directory/config.json, or a .json file itself; InputError where it is missing, broken or of another family."""

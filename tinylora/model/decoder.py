@@ -88,6 +88,11 @@ class Decoder:
         return self.embedding.device
 
     @property
+    def backend(self) -> str:
+        """The name of what its operations run as."""
+        return dispatch.backend(self.device.type)
+
+    @property
     def narrow(self) -> int:
         """Ranks are padded to a multiple of this: for a CPU's plain products, whose bits would depend on the batch."""
         return NARROW if self.device.type == "cpu" and not dispatch.runs_native("shrink", self.embedding) else 1

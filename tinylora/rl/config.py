@@ -1,6 +1,9 @@
 """Every setting of a training run. Names are TRL's and PEFT's where the same thing exists there."""
 
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from tinylora.adapter.config import TinyLoRAConfig
@@ -33,6 +36,14 @@ GONE = ("show_prompt", "dry_run", "resume")  # settings in the config.json of ol
 # Where nothing is said: full at a tenth of LoRA's rate (Schulman et al. 2025); on the built-in base larger ones.
 LEARNING_RATES = {"lora": 1e-5, "full": 1e-6}
 BUILTIN_LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
+
+
+# Settings that runs which train together may differ in: what is trained and how, not what a rollout's rows have in common.
+OWN = (
+    "learning_rate", "seed", "projection_seed", "output_dir", "u", "n_tie", "tie_mode", "param_dtype", "sigma",
+    "lr_scheduler_type", "warmup_steps", "max_grad_norm", "max_steps", "num_iterations", "loss_type", "beta", "epsilon",
+    "epsilon_high", "scale_rewards", "importance_sampling_cap", "microbatch_tokens", "save_steps", "dead_steps",
+)  # fmt: skip
 
 
 def preset(model: str = "builtin", method: str = "tinylora", algorithm: str = "grpo") -> dict[str, Any]:
@@ -218,6 +229,10 @@ class TrainConfig:
         if self.reward == "format-only" and self.dataset not in ("builtin", *KNOWN):
             raise InputError(f"--reward format-only: {self.dataset} asks for no format of answers")
 
+    def new_directory(self, model: Path) -> str:
+        """Where a run goes that names no --output-dir; `model` is the directory of its model."""
+        return f"runs/{self.model if self.model in BUILTIN_MODELS else model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
     @property
     def own_reward(self) -> bool:
         """Whether the reward is a function of the user's."""
@@ -238,3 +253,17 @@ class TrainConfig:
             param_dtype=self.param_dtype,
             basis=self.basis,
         )
+
+
+def require_alike(configs: Sequence[TrainConfig]) -> None:
+    """InputError where runs that are to train together differ in more than OWN, lack directories, or train whole weights."""
+    first = configs[0]
+    for c in configs[1:]:
+        for f in fields(TrainConfig):
+            if f.name not in OWN and getattr(c, f.name) != getattr(first, f.name):
+                values = f"{getattr(first, f.name)} and {getattr(c, f.name)}"
+                raise InputError(f"{flag(f.name)} {values}: runs that train together must have the same")
+    if first.method in ("lora", "full"):
+        raise InputError(f"--method {first.method}: a population shares its base, so it is of tinylora or lora_xs adapters")
+    if len({c.output_dir for c in configs} - {None}) < len(configs):
+        raise InputError("--output-dir: every member of a population needs one of its own")

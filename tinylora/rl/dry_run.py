@@ -1,4 +1,4 @@
-"""What a run would train, hold and take, from its settings and the model's config.json alone: no weights are read.
+"""What a run would train, hold, take and ask, from its settings and the model's config.json alone: no weights are read.
 
 Times are floors, not promises: matrix FLOP and bytes moved at the rates of one H200 (770 TFLOP/s in bf16 and 4.3 TB/s were
 measured on one with plain library calls), with every completion as long as it may get.
@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 
 from tinylora.engine.text import Text
-from tinylora.model.cache import KVCache
 from tinylora.model.config import PROJECTIONS, ModelConfig
 from tinylora.model.loader import resolve_model
 from tinylora.rl.config import LEARNING_RATES, TrainConfig
@@ -40,7 +39,7 @@ def plan(c: TrainConfig, model: ModelConfig, text: Text | None, row: Row | None)
     width = 4 if size == "float32" else 2
     adapted = [model.shape(name) for name in PROJECTIONS if name in c.target_modules]
     factors = model.num_layers * sum(c.r * (n + k) for n, k in adapted) * width
-    kv = KVCache.bytes_per_token(model, width)
+    kv = model.cache_bytes(width)
     prompt = len(text.prompt(row["prompt"])) if text and row else PROMPT_TOKENS
     completions = c.prompts_per_step * c.num_generations
     length = prompt + c.max_completion_length
@@ -110,6 +109,12 @@ def dry_run(c: TrainConfig, recipe: str | None) -> str:
         style = KNOWN[c.dataset].style if c.prompt_style == "auto" else c.prompt_style
         return plan(c, model, text, {"prompt": messages("(the question)", style)})
     return plan(c, model, text, first_row(c))
+
+
+def first_prompt(c: TrainConfig) -> str:
+    """The first training prompt as the model gets it."""
+    row = first_row(c)
+    return Text(resolve_model(c.model, weights=False)).render(row["prompt"]) if row else "there are no training rows"
 
 
 def first_row(c: TrainConfig) -> Row | None:

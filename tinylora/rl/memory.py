@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from tinylora.engine.memory import MOST_SLOTS, free_bytes
 from tinylora.errors import InputError
-from tinylora.model.cache import KVCache
 from tinylora.model.decoder import Decoder
 
 TOKENS = {"cpu": 4096, "cuda": 16384}  # of a microbatch, where memory allows: more make no product faster
@@ -68,7 +67,7 @@ def plan_memory(
     weights = [g.weight for each in model.layers for g in each.groups] + [model.embedding]
     held = sum(w.numel() for w in weights) + (model.head.numel() if model.head is not model.embedding else 0)
     free = free_bytes(model) if free is None else free
-    per_token, per_position = activation_bytes(model), KVCache.bytes_per_token(c, size)
+    per_token, per_position = activation_bytes(model), c.cache_bytes(size)
     tokens, usable = min(microbatch_tokens or max(TOKENS[kind], longest), longest * sequences), int(SHARE * free)
     wanted = per_position * longest * min(sequences, MOST_SLOTS[kind])
     if per_token * tokens + wanted > usable:

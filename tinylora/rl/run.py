@@ -7,7 +7,6 @@ save, and a resumed run repeats the uninterrupted one bit for bit.
 import dataclasses
 import itertools
 import math
-import time
 from pathlib import Path
 
 import torch
@@ -27,7 +26,6 @@ from tinylora.rl.memory import plan_memory
 from tinylora.rl.rewards import load_reward
 from tinylora.rl.run_directory import V_IN_METRICS, Metrics, RunDirectory, is_step
 from tinylora.rl.update import Policy
-from tinylora.tasks.builtin import BUILTIN_MODELS
 
 ORDER_STREAM = 0x0D3  # names the stream of the prompts' order
 
@@ -63,7 +61,6 @@ class Run:
         self.optimizer = torch.optim.Adam(self.policy.named_parameters().values(), lr=config.learning_rate)
         self.step, self.num_tokens = 0, 0
         self.stop = False
-        name = f"{config.model if config.model in BUILTIN_MODELS else self.model.path.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         about = {
             "settings": dataclasses.asdict(config),
             "num_parameters": self.policy.num_parameters,
@@ -71,7 +68,7 @@ class Run:
             "base_model_hash": base_hash(self.model.digests),
             "versions": {"tinylora": tinylora.__version__, "torch": torch.__version__},
         }
-        self.run_directory = RunDirectory(Path(config.output_dir or f"runs/{name}"), about, resume)
+        self.run_directory = RunDirectory(Path(config.output_dir or config.new_directory(self.model.path)), about, resume)
         if self.run_directory.checkpoint is not None:
             self._restore(*self.run_directory.checkpoint)
 

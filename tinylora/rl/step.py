@@ -19,7 +19,6 @@ from tinylora.model.decoder import Matrices
 from tinylora.rl.advantages import Advantages, compute_advantages
 from tinylora.rl.rewards import call_reward, random_rewards
 from tinylora.rl.run import Run
-from tinylora.rl.run_directory import Metrics
 from tinylora.tasks.grading import Verdict
 from tinylora.tasks.sets import Row
 
@@ -69,7 +68,7 @@ class Clock:
     def mark(self) -> None:
         self.marks.append(time.perf_counter())
 
-    def metrics(self, tokens: int, sampled: int) -> Metrics:
+    def metrics(self, tokens: int, sampled: int) -> dict[str, Any]:
         began, rolled_out, rewarded, ended = self.marks
         return {
             "step_time": ended - began,
@@ -144,7 +143,7 @@ def stacked(each: Sequence[Matrices | None]) -> Matrices | None:
 # ---- metrics ------------------------------------------------------------------------------------------------------------
 
 
-def finish(s: Share, clock: Clock, metrics: Metrics, trained_tokens: int = 0) -> Metrics:
+def finish(s: Share, clock: Clock, metrics: dict[str, Any], trained_tokens: int = 0) -> dict[str, Any]:
     """The step's row; the run's counters move on. `trained_tokens`: prompts and solutions, where nothing was sampled."""
     sampled = sum(len(x.tokens) for x in s.completions)
     prompts = sum(map(len, s.prompts)) * s.run.config.num_generations
@@ -153,7 +152,7 @@ def finish(s: Share, clock: Clock, metrics: Metrics, trained_tokens: int = 0) ->
     return {**head, **metrics, **adapter, **clock.metrics(tokens, sampled)}
 
 
-def dead_groups(a: Advantages) -> Metrics:
+def dead_groups(a: Advantages) -> dict[str, Any]:
     return {
         "frac_reward_zero_std": a.zero_std,
         "frac_reward_zero_std/all_right": a.all_right,
@@ -161,13 +160,13 @@ def dead_groups(a: Advantages) -> Metrics:
     }
 
 
-def reward_metrics(s: Share) -> Metrics:
+def reward_metrics(s: Share) -> dict[str, Any]:
     mean, std = _number(s.rewards.nanmean()), _number(s.rewards[~s.rewards.isnan()].std())
     name = s.run.reward_name
     return {"reward": mean, "reward_std": std, f"rewards/{name}/mean": mean, f"rewards/{name}/std": std}
 
 
-def length_metrics(s: Share) -> Metrics:
+def length_metrics(s: Share) -> dict[str, Any]:
     lengths = torch.tensor([float(len(x.tokens)) for x in s.completions])
     finished = torch.tensor([x.finished for x in s.completions])
     return {

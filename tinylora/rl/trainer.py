@@ -5,32 +5,23 @@ import signal
 from collections.abc import Container, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from tinylora.cli import flag
-from tinylora.errors import InputError
 from tinylora.evaluation.answers import evaluate
 from tinylora.evaluation.scores import Scores
-from tinylora.rl.config import TrainConfig
+from tinylora.rl.config import TrainConfig, require_alike
 from tinylora.rl.es import es_step
 from tinylora.rl.grpo import grpo_step
 from tinylora.rl.inputs import load_inputs
 from tinylora.rl.progress import progress_line
 from tinylora.rl.run import Run
-from tinylora.rl.run_directory import Metrics
 from tinylora.rl.sft import sft_step
-from tinylora.tasks.sets import Row
 
 STEPS = {"grpo": grpo_step, "sft": sft_step, "es": es_step}
 VALIDATION = "validation/accuracy"
-# Settings that members may differ in: what is trained and how it is learned, not what a rollout's rows have in common.
-OWN = (
-    "learning_rate", "seed", "projection_seed", "output_dir", "u", "n_tie", "tie_mode", "param_dtype", "sigma",
-    "lr_scheduler_type", "warmup_steps", "max_grad_norm", "max_steps", "num_iterations", "loss_type", "beta", "epsilon",
-    "epsilon_high", "scale_rewards", "importance_sampling_cap", "microbatch_tokens", "save_steps", "dead_steps",
-)  # fmt: skip
 
 
 class Trainer(Run):
@@ -47,14 +38,14 @@ class Trainer(Run):
         train_together([self])
         return self.step == self.max_steps
 
-    def record(self, row: Metrics) -> None:
+    def record(self, row: dict[str, Any]) -> None:
         """Keep a finished step."""
         if self.step % self.config.save_steps == 0 or self.step == self.max_steps or self.stop:
             self.save_checkpoint(row)
         self.run_directory.append(row)
         self._evaluate_if_due()
 
-    def _train_step(self) -> Metrics:
+    def _train_step(self) -> dict[str, Any]:
         """One step of this run alone."""
         return STEPS[self.config.algorithm]([self])[0]
 
@@ -70,7 +61,7 @@ class Trainer(Run):
         self.run_directory.save_evaluation(step, dataclasses.asdict(scores))
         return scores
 
-    def _scores(self, rows: list[Row], step: int) -> Scores:
+    def _scores(self, rows: list[dict[str, Any]], step: int) -> Scores:
         c = self.config
         assert self.grader is not None
         with torch.no_grad():
@@ -111,7 +102,7 @@ class Trainer(Run):
 
 
 def train_together(trainers: Sequence[Trainer]) -> None:
-    """Run trainers of one base, alike but for OWN, to their ends: one, or a population.
+    """Run trainers of one base, alike but for config.OWN, to their ends: one, or a population.
 
     Ctrl-C ends them after a whole step; a second one interrupts."""
 
@@ -149,20 +140,12 @@ def train_population(configs: Sequence[TrainConfig], resume: Container[str | Non
     """Train all members to their ends; returns their run directories, which are as solo runs leave them. Those whose
     output_dir is in `resume` go on where they were.
 
-    InputError where they differ in more than OWN, have no output_dir of their own, or train whole weights.
+    InputError where they differ in more than config.OWN, have no output_dir of their own, or train whole weights.
     """
     if not configs:
         return []
+    require_alike(configs)
     first = configs[0]
-    for c in configs[1:]:
-        for f in dataclasses.fields(TrainConfig):
-            if f.name not in OWN and getattr(c, f.name) != getattr(first, f.name):
-                values = f"{getattr(first, f.name)} and {getattr(c, f.name)}"
-                raise InputError(f"{flag(f.name)} {values}: runs that train together must have the same")
-    if first.method in ("lora", "full"):
-        raise InputError(f"--method {first.method}: a population shares its base, so it is of tinylora or lora_xs adapters")
-    if len({c.output_dir for c in configs} - {None}) < len(configs):
-        raise InputError("--output-dir: every member of a population needs one of its own")
     trainers = [Trainer(first, resume=first.output_dir in resume)]
     trainers += [Trainer(c, trainers[0], c.output_dir in resume) for c in configs[1:]]
     train_together(trainers)

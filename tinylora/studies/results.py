@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from tinylora.evaluation.statistics import bootstrap
-from tinylora.rl.run_directory import Metrics
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
@@ -16,7 +15,7 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     return sum(values) / len(values), low, high
 
 
-def by(rows: Sequence[Metrics], key: str) -> dict[str, list[Metrics]]:
+def by(rows: Sequence[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
     return {name: [row for row in rows if row[key] == name] for name in dict.fromkeys(row[key] for row in rows)}
 
 

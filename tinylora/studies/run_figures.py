@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from tinylora.evaluation.statistics import wilson
-from tinylora.rl.run_directory import Metrics, is_step
+from tinylora.rl.run_directory import is_step
 from tinylora.studies.canvas import COLOURS, STYLE, Picture, canvas, picture, style
 
 SHOWN_V = 16
@@ -21,7 +21,7 @@ PANELS = (  # of a run: file name, title, axis, {metric: label}
 )
 
 
-def run_pictures(rows: Sequence[Metrics], settings: Metrics) -> list[Picture]:
+def run_pictures(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> list[Picture]:
     """The figures of a run, by the metrics that its rows have."""
     steps = [row for row in rows if is_step(row)]
     batch = f"{settings['prompts_per_step']} prompts x {settings['num_generations']} completions"
@@ -52,12 +52,12 @@ def run_pictures(rows: Sequence[Metrics], settings: Metrics) -> list[Picture]:
     return found
 
 
-def _line(rows: Sequence[Metrics], metric: str) -> tuple[list[int], list[float]]:
+def _line(rows: Sequence[dict[str, Any]], metric: str) -> tuple[list[int], list[float]]:
     found = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
     return [x for x, _ in found], [y for _, y in found]
 
 
-def _held_out(axes: Any, rows: Sequence[Metrics]) -> str:
+def _held_out(axes: Any, rows: Sequence[dict[str, Any]]) -> str:
     """Accuracies on rows that are not trained on, with their intervals; returns what the caption says of them."""
     said = ""
     for i, (kind, label) in enumerate((("eval", "held-out problems"), ("validation", "held-out training rows")), 2):

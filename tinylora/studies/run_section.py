@@ -2,11 +2,10 @@
 
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tinylora.errors import InputError
 from tinylora.evaluation.statistics import paired_difference, wilson
-from tinylora.rl.run_directory import Metrics
 from tinylora.studies.page import html_figures, html_table
 from tinylora.studies.stored import read
 
@@ -52,7 +51,7 @@ def before_and_after(path: Path, last: int) -> str:
     return html_table([f"{n:,} held-out problems", "base [95 %]", "trained [95 %]", "paired gain [95 %]"], lines)
 
 
-def answers(path: Path, settings: Metrics) -> str:
+def answers(path: Path, settings: dict[str, Any]) -> str:
     """The first held-out problems with the greedy answers of base and adapter, or why they are not there."""
     title = "<h3>Answers before and after</h3>\n"
     try:
@@ -69,7 +68,7 @@ def answers(path: Path, settings: Metrics) -> str:
     return f"{title}<p>The first {len(found)} held-out problems, not chosen; greedy.</p>\n{''.join(parts)}"
 
 
-def greedy_answers(path: Path, settings: Metrics) -> list[tuple[str, str, list[tuple[str, bool]]]]:
+def greedy_answers(path: Path, settings: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, bool]]]]:
     """(question, gold answer, (text, right) of base and trained). InputError where the base or the adapter is not at hand."""
     from tinylora.adapter.on_decoder import Adapter  # this and the rest load torch, which no other part of a report needs
     from tinylora.engine.text import Text, fitting_rows

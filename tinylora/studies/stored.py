@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tinylora.errors import InputError
-from tinylora.rl.run_directory import Metrics
 
 
-def read(path: Path, lines: bool = False) -> list[Metrics]:
+def read(path: Path, lines: bool = False) -> list[dict[str, Any]]:
     """The JSON object of a file, or of each of its lines. InputError where there is none or one is torn."""
     try:
         text = path.read_text()

@@ -9,7 +9,6 @@ import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from tinylora.rl.run_directory import Metrics
 from tinylora.studies.canvas import COLOURS, DASHES, STYLE, Picture, canvas, picture, style
 from tinylora.studies.results import by, counts, is_number, spread
 
@@ -17,7 +16,9 @@ POINTS = 60  # of a learning curve; longer ones are means of several steps
 WIDE = 8  # largest over smallest of an axis' values, from which it is logarithmic whatever it shows
 
 
-def study_pictures(about: Metrics, results: Sequence[Metrics], curves: dict[str, list[list[float]]]) -> list[Picture]:
+def study_pictures(
+    about: dict[str, Any], results: Sequence[dict[str, Any]], curves: dict[str, list[list[float]]]
+) -> list[Picture]:
     """Figures of a study's results, which are in the table's order; `curves` are each arm's rewards, by seed and step."""
     axis = about.get("x")
     places = {"x": about.get("x_label") or axis or ""}  # where a row's place on the axis is -> what the axis is called
@@ -33,7 +34,7 @@ def study_pictures(about: Metrics, results: Sequence[Metrics], curves: dict[str,
         return found + _learning(results, curves)
 
 
-def _caption(results: Sequence[Metrics]) -> str:
+def _caption(results: Sequence[dict[str, Any]]) -> str:
     seeds = [len(rows) for rows in by(results, "arm").values()]
     few = " With so few seeds the interval is too narrow." if min(seeds) < 8 else ""
     n = counts([row["n"] for row in results])
@@ -42,7 +43,7 @@ def _caption(results: Sequence[Metrics]) -> str:
     )
 
 
-def _bases(results: Sequence[Metrics], kind: str) -> dict[str, float]:
+def _bases(results: Sequence[dict[str, Any]], kind: str) -> dict[str, float]:
     """Accuracy of each base model before training, over all runs."""
     models: dict[str, list[float]] = {}
     for row in results:
@@ -61,7 +62,7 @@ def _point(axes: Any, place: float, values: Sequence[float], i: int, sideways: b
     return mean
 
 
-def _against(results: Sequence[Metrics], kind: str, place: str, label: str, logarithmic: bool) -> Picture:
+def _against(results: Sequence[dict[str, Any]], kind: str, place: str, label: str, logarithmic: bool) -> Picture:
     """Accuracy by a numeric x, a line a series; a series without an x, or named full, is a level."""
     figure, axes = canvas(f"{kind.capitalize()} accuracy", label, "accuracy, % of problems", 3.4)
     series, alt, levels = by(results, "series"), [], {}
@@ -98,7 +99,7 @@ def _against(results: Sequence[Metrics], kind: str, place: str, label: str, loga
     return picture(figure, axes, f"{kind}-{place}", _caption(results) + " Series are drawn a little apart.", alt)
 
 
-def _beside(results: Sequence[Metrics], kind: str) -> Picture:
+def _beside(results: Sequence[dict[str, Any]], kind: str) -> Picture:
     """Accuracy of arms that have no numeric x: a row each."""
     arms, series = by(results, "arm"), list(by(results, "series"))
     names = [textwrap.fill(name, 24) for name in arms]
@@ -119,7 +120,7 @@ def _beside(results: Sequence[Metrics], kind: str) -> Picture:
     return picture(figure, axes, f"{kind}-arms", _caption(results) + " Colours and markers are series.", alt)
 
 
-def _learning(results: Sequence[Metrics], curves: dict[str, list[list[float]]]) -> list[Picture]:
+def _learning(results: Sequence[dict[str, Any]], curves: dict[str, list[list[float]]]) -> list[Picture]:
     """Reward over steps, an arm a line: in one figure, or where those are too many in one a series."""
     drawn = {arm: np.array([c[: min(map(len, own))] for c in own]) for arm, own in curves.items()}  # (seeds, steps)
     groups = by(results, "series") if len(drawn) > len(COLOURS) else {"": list(results)}

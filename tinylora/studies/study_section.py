@@ -4,10 +4,9 @@ import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tinylora.errors import InputError
-from tinylora.rl.run_directory import Metrics
 from tinylora.studies.page import html_figures, html_table
 from tinylora.studies.results import by, counts, counts_to_reach, is_number, spread
 from tinylora.studies.stored import read
@@ -62,7 +61,7 @@ def study_section(path: Path) -> tuple[str, str, list["Picture"]]:
     return title, said + html_figures(pictures) + table + numbers_needed(about, results), pictures
 
 
-def numbers_needed(about: Metrics, results: Sequence[Metrics]) -> str:
+def numbers_needed(about: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
     """How many trained numbers each series needs for a share of the best arm's gain, beside the first series.
 
     Empty where the study is not about that, or its series do not share two seeds or more.
