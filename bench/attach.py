@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.measure import card, foreign_load, print_json, timed
 from bench.ops import MODELS
-from tinylora.adapter.basis import compute_basis
+from tinylora.adapter.factors import compute_basis
 from tinylora.model.config import PROJECTIONS, module_name
 
 

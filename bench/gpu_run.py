@@ -22,7 +22,7 @@ from bench.verdicts import worst
 from tinylora.adapter.on_decoder import Adapter
 from tinylora.engine.rollout import Completion, Sampling
 from tinylora.engine.slots import Slots
-from tinylora.kernels.linear import fp32_sums
+from tinylora.kernels.products import fp32_sums
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model.cache import KVCache
 from tinylora.model.decoder import Decoder

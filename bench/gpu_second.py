@@ -21,7 +21,7 @@ from tinylora.engine.rollout import Completion, Sampling, rollout
 from tinylora.engine.text import Text
 from tinylora.files import cache_dir
 from tinylora.kernels import dispatch, fused_linear, library
-from tinylora.kernels.linear import fp32_sums
+from tinylora.kernels.products import fp32_sums
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model.loader import load_model
 from tinylora.rl.update import deterministic, hidden_states

@@ -16,7 +16,7 @@ from tinylora.adapter.parts import Parts, projection_of
 from tinylora.model.config import ModelConfig
 from tinylora.model.decoder import Decoder
 from tinylora.model.loader import build_decoder
-from tinylora.tasks.builtin import BUILTIN
+from tinylora.tasks.bases import BUILTIN
 
 SHAPES = {  # hidden, intermediate, layers, heads, kv_heads, vocabulary, tied head
     "tiny": (128, 320, 2, 4, 2, 1000, False),

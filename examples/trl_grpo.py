@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 import tinylora
-from tinylora.tasks.builtin import BUILTIN, rows
+from tinylora.tasks.bases import BUILTIN
+from tinylora.tasks.builtin import rows
 
 
 def right_answer(completions: list[Any], answer: list[str], **_: Any) -> list[float]:

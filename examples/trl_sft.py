@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 import tinylora
-from tinylora.tasks.builtin import BUILTIN, rows
+from tinylora.tasks.bases import BUILTIN
+from tinylora.tasks.builtin import rows
 
 
 def main(arguments: list[str] | None = None) -> tinylora.AttachedAdapter:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tinylora
-from tinylora.tasks.builtin import BUILTIN
+from tinylora.tasks.bases import BUILTIN
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 RINGS = {
     "tinylora.errors": 0,
     "tinylora.files": 0,
+    "tinylora.hashes": 0,
     "tinylora.prng": 0,
     "tinylora.cli": 1,
     "tinylora.demo": 1,

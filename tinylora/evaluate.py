@@ -5,20 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-import tinylora
 from tinylora.cli import flag, run_command
 from tinylora.engine.text import Text, fitting_rows
 from tinylora.errors import InputError
-from tinylora.evaluation.answers import answer
+from tinylora.evaluation.answers import answer, versions
 from tinylora.evaluation.scores import EXTRACTORS, Scored, compare, comparison_table
-from tinylora.files import base_hash, write_text
+from tinylora.files import write_text
 from tinylora.loading import load_adapter
 from tinylora.model.loader import load_model, resolve_model
 from tinylora.rl.config import BUILTIN_PRESET, preset
 from tinylora.rl.run_directory import v_at_step
-from tinylora.tasks.grading import GRADER_VERSION
 from tinylora.tasks.prompts import PromptStyle
 from tinylora.tasks.sets import Row, load_task
 
@@ -119,10 +115,10 @@ def main(arguments: list[str]) -> int:
         adapter.load_v(v.view_as(adapter.v))
     results: dict[str, Any] = {
         "model": c.model,
-        "base_model_hash": base_hash(model.digests),
+        "base_model_hash": model.base_hash,
         "num_parameters": adapter.num_parameters if adapter else 0,
         "settings": {k: v for k, v in vars(c).items() if k not in ("output_dir", "show_prompt")},
-        "versions": {"tinylora": tinylora.__version__, "torch": torch.__version__, "grader": GRADER_VERSION},
+        "versions": versions(),
         "tasks": {},
     }
     lines: list[str] = []

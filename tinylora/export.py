@@ -10,7 +10,6 @@ from tinylora.adapter.export import corrections, load_base, write_lora, write_me
 from tinylora.adapter.files import adapter_path, read_adapter, save_tiny
 from tinylora.cli import run_command, table
 from tinylora.errors import InputError
-from tinylora.model.loader import resolve_model
 
 ENOUGH = 0.95  # of the correction; below it a merged checkpoint is another policy, and the report warns
 
@@ -46,8 +45,7 @@ def export(c: ExportConfig) -> dict[str, Any]:
         raise InputError("--rank pads a LoRA: add --to lora")
     if c.dtype != "auto" and c.to != "merged":
         raise InputError("--dtype is of a merged checkpoint: add --to merged")
-    checkpoint = resolve_model(c.model)
-    base = load_base(checkpoint)
+    checkpoint, base = load_base(c.model)
     config, parts, v = read_adapter(adapter_path(c.adapter), base)
     said: dict[str, Any] = {"to": c.to, "output": str(output), "modules": len(parts.factors), "num_parameters": v.numel()}
     if c.to == "tiny":

@@ -1,13 +1,10 @@
-"""Atomic files: at every moment a path is absent, the old file or the whole new one. Never pickle. And the cache's place, and
-what tells one tensor's contents from another's."""
+"""Atomic files: at every moment a path is absent, the old file or the whole new one. Never pickle. And the cache's place."""
 
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,26 +15,6 @@ def cache_dir() -> Path:
     """Where what is costly to find out is kept: $TINYLORA_CACHE, or tinylora/ in the user's cache directory."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TINYLORA_CACHE") or Path(home) / "tinylora")
-
-
-def content_hash(tensor: Tensor) -> str:
-    """xxh3-128 of a tensor's dtype, shape and bytes: tells contents apart; it is no defence against forgery."""
-    h = xxhash.xxh3_128(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    h.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return h.hexdigest()
-
-
-def base_hash(digests: dict[str, str]) -> str:
-    """Of a model whose parameters have these content hashes, by name."""
-    return joint_hash(*(part for item in sorted(digests.items()) for part in item))
-
-
-def joint_hash(*parts: str | bytes) -> str:
-    """xxh3-128 of these, one after another."""
-    h = xxhash.xxh3_128()
-    for part in parts:
-        h.update(part.encode() if isinstance(part, str) else part)
-    return h.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from tinylora.cli import read_settings, run_command, split_flag
 from tinylora.errors import InputError
-from tinylora.evaluation.scores import summary
 from tinylora.rl.config import GONE, TrainConfig, preset
 from tinylora.rl.dry_run import dry_run, first_prompt
 from tinylora.rl.trainer import Trainer
@@ -95,7 +94,7 @@ def main(arguments: list[str]) -> int:
     finished = trainer.train()
     path = trainer.run_directory.path
     if (finished or trainer.dead) and trainer.inputs.test_rows:
-        print("\n" + summary(trainer.evaluate(0), trainer.evaluate(trainer.step)))
+        print("\n" + trainer.before_and_after())
     if not finished and trainer.dead:
         good = trainer.step - trainer.steps_since_gradient()
         again = f"python -m tinylora.evaluate --adapter {path} --adapter-step {good}"

@@ -218,7 +218,7 @@ def test_the_relative_change_is_that_of_the_dense_weights(changes: dict[str, obj
     assert adapter.relative_change() == 0
     adapter.load_v(torch.randn(adapter.v.shape, generator=torch.Generator().manual_seed(0)))
     moved, whole, v = 0.0, 0.0, adapter.stored_v().detach().double()
-    for name, W in decoder.weights(PROJECTIONS).items():
+    for name, W in decoder.weights().items():
         if name in adapter.parts.group_of:
             A, B = (x.double() for x in adapter.parts.factors[name])
             M = sum(v[adapter.parts.group_of[name], i] * adapter.parts.projections[name][i].double() for i in range(3))

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tinylora.adapter import basis
-from tinylora.adapter.basis import BASES, compute_basis, control_basis, truncated_svd
+from tinylora.adapter.basis import control_basis, truncated_svd
+from tinylora.adapter.config import BASES
+from tinylora.adapter.factors import compute_basis
 from tinylora.files import cache_dir
 
 SHAPES = [(60, 24), (24, 60), (40, 40), (37, 23), (1, 9), (5, 4)]  # (N, K)

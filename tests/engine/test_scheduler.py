@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from tinylora.engine.scheduler import Pages, Scheduler
+from tinylora.engine.pages import Pages
+from tinylora.engine.scheduler import Scheduler
 from tinylora.errors import InputError
 
 

@@ -342,7 +342,7 @@ def test_freed_memory_is_kept() -> None:
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    for _ in range(10): torch.empty(10_000_000).fill_(1)\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "before = faults(); native.keep_memory(); faults(); print(before, faults())\n"
+        "before = faults(); memory.keep_memory(); faults(); print(before, faults())\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())

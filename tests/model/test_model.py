@@ -17,7 +17,8 @@ from tinylora.engine.rollout import Sampling, rollout
 from tinylora.engine.text import Text
 from tinylora.errors import InputError
 from tinylora.model.loader import load_model
-from tinylora.tasks.builtin import BUILTIN_MODELS, problems
+from tinylora.tasks.bases import BUILTIN_MODELS
+from tinylora.tasks.builtin import problems
 
 LLAMA31 = {
     "rope_type": "llama3",

@@ -15,7 +15,7 @@ from tinylora.kernels.layer_linear import layer_linear
 from tinylora.kernels.products import pad_rows
 from tinylora.loading import load_adapter
 from tinylora.model.loader import load_model
-from tinylora.rl.baselines import LORA_ALPHA, Baseline, decoder_tensors
+from tinylora.rl.baselines import LORA_ALPHA, Baseline
 from tinylora.rl.config import TrainConfig, preset
 from tinylora.rl.dry_run import trained_numbers
 from tinylora.rl.memory import MemoryPlan
@@ -100,7 +100,7 @@ def test_lora_and_full_are_pefts_and_transformers(tiny_model, method):
 def test_every_weight_has_its_place(tiny_model):
     for family in ("qwen2", "qwen3", "llama"):
         model = load_model(str(tiny_model(family)))
-        assert set(decoder_tensors(model)) == set(model.digests)
+        assert set(model.tensors()) == set(model.digests)
 
 
 def test_sft_of_the_adapter_is_the_merged_models(tiny_model):

@@ -23,7 +23,7 @@ from tinylora.adapter.config import TinyLoRAConfig, stored
 from tinylora.adapter.files import read_adapter, save_adapter
 from tinylora.adapter.parts import Base, Parts, draw_parts, fill_v
 from tinylora.errors import InputError
-from tinylora.files import content_hash
+from tinylora.hashes import content_hash
 from tinylora.kernels import dispatch
 from tinylora.kernels.layer_linear import layer_linear
 

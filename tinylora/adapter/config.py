@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tinylora.adapter.basis import BASES
 from tinylora.errors import InputError
 from tinylora.model.config import PROJECTIONS, module_name
 
+BASES = ("top", "bottom", "random")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -18,7 +18,7 @@ from tinylora.adapter.parts import Base, Parts
 from tinylora.errors import InputError
 from tinylora.files import write_safetensors, write_text
 from tinylora.model.config import FAMILIES, ModelConfig
-from tinylora.model.loader import load_model
+from tinylora.model.loader import load_model, resolve_model
 
 
 def corrections(config: TinyLoRAConfig, parts: Parts, v: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -158,17 +158,18 @@ def _stored_name(module: str, shards: dict[str, str], checkpoint: Path) -> str:
     raise InputError(f"--model {checkpoint}: the checkpoint has no tensor {module}.weight to merge into")
 
 
-def load_base(checkpoint: Path) -> Base:
-    """A checkpoint as an adapter sees it: by our loader for the families it knows, else by transformers."""
+def load_base(model: str) -> tuple[Path, Base]:
+    """A checkpoint's directory, and it as an adapter sees it: by our loader for the families it knows, else by transformers."""
+    checkpoint = resolve_model(model)
     try:
         family = json.loads((checkpoint / "config.json").read_text()).get("model_type")
     except (OSError, ValueError, AttributeError):
         family = FAMILIES[0]  # our loader says what is wrong
     if family in FAMILIES:
-        return base_of_decoder(load_model(str(checkpoint), "cpu", ModelConfig.load(checkpoint).dtype))
+        return checkpoint, base_of_decoder(load_model(str(checkpoint), "cpu", ModelConfig.load(checkpoint).dtype))
     from transformers import AutoModelForCausalLM  # slow to import, and only other families need it
 
     try:
-        return base_of(AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto"))
+        return checkpoint, base_of(AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto"))
     except (OSError, ValueError) as error:
         raise InputError(f"--model {checkpoint}: {error}") from None

@@ -20,7 +20,8 @@ from tinylora.adapter import peft
 from tinylora.adapter.config import DTYPES, TinyLoRAConfig
 from tinylora.adapter.parts import Base, Parts, draw_parts
 from tinylora.errors import InputError
-from tinylora.files import base_hash, write_safetensors, write_text
+from tinylora.files import write_safetensors, write_text
+from tinylora.hashes import base_hash
 
 FORMAT_VERSION = 1
 SKETCH = 16  # entries kept of each row of A and column of B

@@ -15,7 +15,6 @@ from torch import Tensor
 from tinylora.adapter.config import TinyLoRAConfig, stored
 from tinylora.adapter.files import save_adapter
 from tinylora.adapter.parts import Base, Parts, draw_parts, fill_v
-from tinylora.model.config import GROUPS, PROJECTIONS, module_name
 from tinylora.model.decoder import Decoder
 
 
@@ -24,7 +23,7 @@ class Adapter:
 
     def __init__(self, model: Decoder, config: TinyLoRAConfig, parts: Parts | None = None) -> None:
         """`parts` are drawn from the config, unless they came with a file."""
-        layers, self.config, self.model = len(model.layers), config, model
+        self.config, self.model = config, model
         self.parts = parts or draw_parts(config, base_of_decoder(model))
         model.pack_factors(self.parts.factors)
 
@@ -33,8 +32,7 @@ class Adapter:
         group_of_segment: list[int] = []
         self._sizes = model.segments(config.r)
         zero = torch.zeros(config.u, config.r, config.r)
-        modules = [[module_name(layer, name) for name in names] for layer in range(layers) for names in GROUPS]
-        for own, size in zip(modules, self._sizes, strict=True):
+        for own, size in zip(model.modules(), self._sizes, strict=True):
             padding = size - len(own)
             if size:
                 projections += [self.parts.projections.get(m, zero) for m in own] + [zero] * padding
@@ -76,7 +74,7 @@ class Adapter:
     @cached_property
     def _measures(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         """Of each adapted module P (u, r, r), its group, A A^T and B^T B (r, r); and |W| of all together. On the CPU."""
-        names, weights = list(self.parts.group_of), self.model.weights(PROJECTIONS)
+        names, weights = list(self.parts.group_of), self.model.weights()
         pairs = [self.parts.factors[name] for name in names]
         P, groups = (
             torch.stack([self.parts.projections[name] for name in names]),
@@ -103,4 +101,4 @@ class Adapter:
 
 
 def base_of_decoder(model: Decoder) -> Base:
-    return Base(model.path.name, model.weights(PROJECTIONS), model.digests)
+    return Base(model.path.name, model.weights(), model.digests)

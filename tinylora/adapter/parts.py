@@ -14,10 +14,10 @@ import xxhash
 from torch import Tensor
 
 from tinylora import prng
-from tinylora.adapter.basis import compute_basis
 from tinylora.adapter.config import DTYPES, TinyLoRAConfig
+from tinylora.adapter.factors import compute_basis
 from tinylora.errors import InputError
-from tinylora.files import base_hash, content_hash, joint_hash
+from tinylora.hashes import base_hash, content_hash, joint_hash
 from tinylora.model.config import PROJECTIONS, module_name
 
 

@@ -18,9 +18,7 @@ from tinylora.engine.memory import MOST_SLOTS
 from tinylora.engine.scheduler import Running, Scheduler
 from tinylora.engine.slots import Kept, Sampling, Slots, buckets
 from tinylora.errors import InputError
-from tinylora.kernels import native
-from tinylora.kernels.linear import fp32_sums
-from tinylora.kernels.products import NARROW
+from tinylora.kernels.products import NARROW, fp32_sums
 from tinylora.kernels.sampling import uniforms
 from tinylora.model.cache import KVCache
 from tinylora.model.decoder import Decoder, Matrices
@@ -135,7 +133,7 @@ class _Rollout:
         takes memory."""
         model, kind = self.model, self.model.device.type
         if kind == "cpu":
-            native.keep_memory()
+            memory.keep_memory()
         length, longest = self.sampling.max_completion_length, max(map(len, self.prompts)) - 1
         capacity = longest + length + -(longest + length) % NARROW
         if model.capacity is not None:

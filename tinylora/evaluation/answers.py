@@ -15,16 +15,20 @@ from tinylora.adapter.on_decoder import Adapter
 from tinylora.engine.rollout import Sampling, rollout
 from tinylora.engine.text import Text
 from tinylora.evaluation.scores import Answer, Scored, Scores
-from tinylora.evaluation.store import Store, digest
-from tinylora.files import base_hash
+from tinylora.evaluation.store import Store
+from tinylora.hashes import digest
 from tinylora.model.decoder import Decoder, Matrices
 from tinylora.tasks.grader import Grader
 from tinylora.tasks.grading import GRADER_VERSION, Verdict
-from tinylora.tasks.sets import Row
 
 CHUNK = 512  # completions generated between two writes
 
 EVAL_SEED = 1 << 32  # sampling streams of evaluations, away from training's
+
+
+def versions() -> dict[str, Any]:
+    """Of what an evaluation's results depend on."""
+    return {"tinylora": tinylora.__version__, "torch": torch.__version__, "grader": GRADER_VERSION}
 
 
 def sample(
@@ -51,7 +55,7 @@ def sample(
     return [store.entries[key] for key in keys]
 
 
-def judge(answers: Sequence[Sequence[Answer]], rows: Sequence[Row], grader: Grader) -> list[list[Verdict]]:
+def judge(answers: Sequence[Sequence[Answer]], rows: Sequence[dict[str, Any]], grader: Grader) -> list[list[Verdict]]:
     """The verdict on every answer; those of this grader version come from the store, except where the grader gave up."""
     store = Store("verdicts", digest(GRADER_VERSION, grader.answer_format))
     keys = [
@@ -80,7 +84,7 @@ def answer(
     model: Decoder,
     adapter: Adapter | None,
     text: Text,
-    rows: list[Row],
+    rows: list[dict[str, Any]],
     grader: Grader,
     length: int,
     label: str,
@@ -92,7 +96,7 @@ def answer(
     """Greedy and sampled answers and their verdicts, from the cache where they are there."""
     prompts = [text.prompt(row["prompt"]) for row in rows]
     about = {
-        "base": base_hash(model.digests),
+        "base": model.base_hash,
         "adapter": None if adapter is None else about_adapter(adapter),
         "dtype": str(model.dtype),
         "device": model.device.type if model.device.type == "cpu" else torch.cuda.get_device_name(model.device),
@@ -114,7 +118,7 @@ def evaluate(
     model: Decoder,
     matrices: Matrices | None,
     text: Text,
-    rows: Sequence[Row],
+    rows: Sequence[dict[str, Any]],
     grader: Grader,
     extractor: str,
     max_completion_length: int,

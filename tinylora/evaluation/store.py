@@ -6,13 +6,7 @@ Lines are appended as they come; one that a kill tore is dropped.
 import json
 from typing import Any
 
-import xxhash
-
 from tinylora.files import cache_dir
-
-
-def digest(*parts: Any) -> str:
-    return xxhash.xxh3_128(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 class Store:

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylora.errors import BuildError
 from tinylora.kernels import dispatch, library
 from tinylora.kernels.correction import Correction
 from tinylora.kernels.frozen import FrozenLinear
@@ -47,12 +46,7 @@ def decode_linear_ref(
 @cache
 def load(device: torch.device) -> None:
     """Register torch.ops.tinylora.decode_linear from the library for a device. BuildError where there is none."""
-
-    path = library.cuda_library([library.architecture(device)])
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        raise BuildError(f"{path} does not load: {error.__cause__ or error}") from None
+    library.load_cuda(device)
 
     @torch.library.register_fake("tinylora::decode_linear")
     def _(x, weight, bias, A, Bt, M, row_adapter, residual, swiglu):

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from tinylora.errors import BuildError, InputError
-from tinylora.files import cache_dir
 from tinylora.kernels import library, native
 from tinylora.kernels.children import Task, Verdict
 from tinylora.kernels.correction import Correction
-from tinylora.kernels.proof import CHECKS, CUDA_CHECKS, NATIVE_CHECKS, cached_or_checked, name_of, tasks_of
+from tinylora.kernels.proof import CHECKS, CUDA_CHECKS, NATIVE_CHECKS, cached_or_checked, name_of, tasks_of, verdict_file
 
 # addmm: plain PyTorch, the correction as a second product on plain weights. padded, triton, cuda: Triton row
 # kernels, and the frozen linear as one product over padded buffers, as the fused Triton kernel, as the CUDA decode kernel.
@@ -165,6 +164,6 @@ def _report(op: str, errors: dict[str, str], device: torch.device) -> None:
     print(
         f"tinylora: {lead}{op} runs as {instead} on {device} in {', '.join(errors)}, because its kernel failed the self-check "
         f"({'; '.join(said)}). More: python -m tinylora.kernels.self_check --device {device}{where} --ops {op}. "
-        f"To check again: delete {cache_dir()}/self-check-*.jsonl",
+        f"To check again: delete {verdict_file('*')}",
         file=sys.stderr,
     )

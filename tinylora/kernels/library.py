@@ -81,6 +81,15 @@ def c_library() -> Path:
     return path
 
 
+def openmp() -> str:
+    """The OpenMP runtime that PyTorch has loaded, whose threads cpu.c shares. BuildError where there is none."""
+    maps = Path("/proc/self/maps").read_text().splitlines() if sys.platform == "linux" else []
+    loaded = [line.split()[-1] for line in maps if re.search("lib[gi]omp", line)]
+    if not loaded:
+        raise BuildError("this PyTorch has loaded no OpenMP runtime")
+    return loaded[0]
+
+
 def architecture(device: torch.device) -> str:
     """Of a CUDA device, as nvcc names it."""
     major, minor = torch.cuda.get_device_capability(device)
@@ -159,6 +168,15 @@ def cuda_library(architectures: Sequence[str]) -> Path:
 
 def _say(line: str) -> None:
     print(f"tinylora: {line}", file=sys.stderr, flush=True)
+
+
+def load_cuda(device: torch.device) -> None:
+    """Load the library for a device into this process, where its operators register themselves. BuildError where it cannot."""
+    path = cuda_library([architecture(device)])
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise BuildError(f"{path} does not load: {error.__cause__ or error}") from None
 
 
 def record(path: Path) -> dict[str, Any]:

@@ -13,10 +13,6 @@ Autograd keeps nothing for it. Three ways to the same product, chosen by the bac
 Rows without a pad get no correction in the forward: the attention's output, whose z the next kernel adds (`add_norm`).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,22 +31,6 @@ def linear_ref(x: Tensor, group: FrozenLinear) -> Tensor:
     if x.shape[1] == width or group.Bt is None:
         return y
     return y + x[:, width : width + len(group.Bt)] @ group.Bt
-
-
-@contextmanager
-def fp32_sums() -> Iterator[None]:
-    """Rollout and update run under it: where cuBLAS splits K, its partial sums are not rounded to half precision. The setting
-    is the whole process's, so it is put back."""
-    matmul: Any = torch.backends.cuda.matmul
-    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
-    before = [(getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names]  # the second: may it split at all
-    for name, (_, split) in zip(names, before, strict=True):
-        setattr(matmul, name, (False, split))
-    try:
-        yield
-    finally:
-        for name, setting in zip(names, before, strict=True):
-            setattr(matmul, name, setting)
 
 
 def _by_onednn(x: Tensor, columns: int) -> bool:

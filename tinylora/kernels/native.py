@@ -4,23 +4,18 @@ They are for fp32 on a CPU. Threads are PyTorch's: the library is linked to no O
 has loaded.
 """
 
-import contextlib
 import ctypes
 import re
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tinylora.errors import BuildError
 from tinylora.kernels import library
 from tinylora.kernels.correction import Correction
 
 MOST, NO_MEMORY = 512, 2  # columns of a correction, and what a function returns; as the source knows too
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 PARALLEL = 4096  # numbers from which threads pay
 TYPES = {"l64": ctypes.c_int64, "float": ctypes.c_float}
 
@@ -28,10 +23,7 @@ TYPES = {"l64": ctypes.c_int64, "float": ctypes.c_float}
 @cache
 def functions() -> dict[str, Any]:
     """Every function of the library, with the argument types that its source declares."""
-    loaded = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if re.search("lib[gi]omp", line)]
-    if sys.platform != "linux" or not loaded:
-        raise BuildError("this PyTorch has loaded no OpenMP runtime")
-    ctypes.CDLL(loaded[0], mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(library.openmp(), mode=ctypes.RTLD_GLOBAL)
     kernels, source = ctypes.CDLL(str(library.c_library())), library.C_SOURCE.read_text()
     shared = dict(re.findall(r"#define (PACK|CORRECTION|CACHE) ((?:.*\\\n)*.*)\n", source))
     found = {}
@@ -42,18 +34,6 @@ def functions() -> dict[str, Any]:
         function.argtypes = [ctypes.c_void_p if "*" in p else TYPES[p.split()[-2]] for p in parameters.split(",")]
         function.restype, function.parameters = ctypes.c_int, [p.split()[-1] for p in parameters.split(",")]
     return found
-
-
-@cache
-def keep_memory() -> None:
-    """From now on this process keeps the memory that it frees, for what it allocates next; glibc's alone, elsewhere nothing.
-
-    glibc gives large blocks back to the system, and gets the next ones page by page: half the time of 2,048 sequences' rollout.
-    """
-    with contextlib.suppress(AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_THRESHOLD, 2**26)  # of larger blocks, caches, only what is used is to take room
 
 
 def call(name: str, work: int, *arguments: Any) -> None:

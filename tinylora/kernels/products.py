@@ -4,7 +4,10 @@ A CPU's rows come in multiples of 8. Where the widths do too, as in a Decoder, a
 with it, because MKL picks the same inner kernel for all of them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,3 +65,19 @@ def two_products(x: Tensor, z: Tensor | None, weight: Tensor, Bt: Tensor | None,
         torch.mm(z, Bt, out=y) if bias is None else torch.addmm(bias, z, Bt, out=y)
         return y.addmm_(x, weight.T)
     return torch.mm(x, weight.T, out=y) if bias is None else torch.addmm(bias, x, weight.T, out=y)
+
+
+@contextmanager
+def fp32_sums() -> Iterator[None]:
+    """Rollout and update run under it: where cuBLAS splits K, its partial sums are not rounded to half precision. The setting
+    is the whole process's, so it is put back."""
+    matmul: Any = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = [(getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names]  # the second: may it split at all
+    for name, (_, split) in zip(names, before, strict=True):
+        setattr(matmul, name, (False, split))
+    try:
+        yield
+    finally:
+        for name, setting in zip(names, before, strict=True):
+            setattr(matmul, name, setting)

@@ -49,10 +49,14 @@ def tasks_of(checks: str, device: torch.device) -> list[Task]:
     return [(op, name_of(dtype)) for op in every for dtype in dtypes(op, device)]
 
 
+def verdict_file(key: str) -> Path:
+    return cache_dir() / f"self-check-{key}.jsonl"
+
+
 def cached_or_checked(device: torch.device, checks: str, watch: Callable[[Verdict], None]) -> dict[Task, Verdict]:
     conditions, tasks = _conditions(device, checks), tasks_of(checks, device)
     key = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
-    path = cache_dir() / f"self-check-{key}.jsonl"
+    path = verdict_file(key)
     stored = _stored(path)
     verdicts = {task: stored[task] for task in tasks if task in stored}
     missing = [task for task in tasks if task not in verdicts]

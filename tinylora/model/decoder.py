@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinylora.hashes import base_hash
 from tinylora.kernels import dispatch
 from tinylora.kernels.add_norm import add_norm
 from tinylora.kernels.attention import packed_attention
@@ -28,7 +29,7 @@ from tinylora.kernels.rope import Heads, rope, rope_tables
 from tinylora.kernels.shrink import shrink
 from tinylora.kernels.swiglu import swiglu
 from tinylora.model.cache import KVCache
-from tinylora.model.config import GROUPS, ModelConfig, module_name, rope_frequencies
+from tinylora.model.config import GROUPS, PROJECTIONS, ModelConfig, module_name, rope_frequencies
 
 Matrices = Sequence[Tensor | None]  # one M (adapters, segments, r, r) per group, layer after layer; None: adapter off
 
@@ -84,6 +85,11 @@ class Decoder:
         self.capacity: int | None = None  # keys that every attention covers, for `--exact`; None: as many as it needs
 
     @property
+    def base_hash(self) -> str:
+        """Of all its tensors as stored: tells this base from others."""
+        return base_hash(self.digests)
+
+    @property
     def device(self) -> torch.device:
         return self.embedding.device
 
@@ -101,9 +107,17 @@ class Decoder:
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
 
+    def cover(self, longest: int) -> None:
+        """Make every attention from now on cover as many keys as sequences of up to `longest` tokens have, for `--exact`."""
+        self.capacity = longest + -longest % NARROW
+
     # ---- what an adapter attaches to ------------------------------------------------------------------------------------
 
-    def weights(self, projections: Sequence[str]) -> dict[str, Tensor]:
+    def modules(self) -> list[list[str]]:
+        """The names of the modules that each fused linear holds, in module order."""
+        return [[module_name(i, n) for n in names] for i in range(len(self.layers)) for names in GROUPS]
+
+    def weights(self, projections: Sequence[str] = PROJECTIONS) -> dict[str, Tensor]:
         """The frozen weights (N, K) of these projections by module name, views of the fused ones, in module order."""
         found = {}
         for i, layer in enumerate(self.layers):
@@ -111,6 +125,25 @@ class Decoder:
                 parts = group.weight.split([self.config.shape(n)[0] for n in names])
                 found.update({module_name(i, n): w for n, w in zip(names, parts, strict=True) if n in projections})
         return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every weight by its Hugging Face name, as views of the fused ones."""
+        c, found = self.config, {f"{name}.weight": w for name, w in self.weights().items()}
+        for i, layer in enumerate(self.layers):
+            prefix = f"model.layers.{i}"
+            for names, group in zip(GROUPS, layer.groups, strict=True):
+                if group.bias is not None:
+                    parts = group.bias.split([c.shape(n)[0] for n in names])
+                    found |= {f"{module_name(i, n)}.bias": b for n, b in zip(names, parts, strict=True)}
+            found |= {
+                f"{prefix}.input_layernorm.weight": layer.input_norm,
+                f"{prefix}.post_attention_layernorm.weight": layer.post_norm,
+            }
+            for name, norm in (("q_norm", layer.q_norm), ("k_norm", layer.k_norm)):
+                if norm is not None:
+                    found[f"{prefix}.self_attn.{name}.weight"] = norm
+        found |= {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm}
+        return found if c.tied_head else found | {"lm_head.weight": self.head}
 
     def pack_factors(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Put the factors A (r, K), B (N, r) of the named modules beside their weights; others have no correction."""

@@ -8,12 +8,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tinylora.errors import InputError
-from tinylora.files import content_hash
+from tinylora.hashes import content_hash
 from tinylora.kernels import dispatch
 from tinylora.kernels.frozen import FrozenLinear
 from tinylora.model.config import GROUPS, ModelConfig, module_name
 from tinylora.model.decoder import Decoder, Layer
-from tinylora.tasks.builtin import BUILTIN_MODELS
+from tinylora.tasks.bases import BUILTIN_MODELS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from tinylora.errors import InputError
-from tinylora.model.config import GROUPS, PROJECTIONS, module_name
 from tinylora.model.decoder import Decoder
 
 LORA_ALPHA = 32  # with PEFT's alpha / r: Schulman et al. 2025, where the best learning rate does not depend on the rank
@@ -52,11 +51,11 @@ class Baseline:
         """Write the present weights into the Decoder; it then needs no matrices."""
         if self.method == "full":
             own = dict(self.network.named_parameters())
-            for name, view in decoder_tensors(self.model).items():
+            for name, view in self.model.tensors().items():
                 view.copy_(own[name])
             return
         base = self.network.get_base_model()
-        for name, view in self.model.weights(PROJECTIONS).items():
+        for name, view in self.model.weights().items():
             layer = base.get_submodule(name)
             if hasattr(layer, "get_delta_weight"):
                 view.copy_(layer.base_layer.weight + layer.get_delta_weight("default"))
@@ -89,23 +88,3 @@ class Baseline:
         for file in self.model.path.iterdir():
             if file.name.startswith(("tokenizer", "chat_template", "special_tokens", "vocab", "merges")):
                 shutil.copy(file, directory)
-
-
-def decoder_tensors(model: Decoder) -> dict[str, Tensor]:
-    """Every weight of a Decoder by its Hugging Face name, as views of the fused ones."""
-    c, found = model.config, {f"{name}.weight": w for name, w in model.weights(PROJECTIONS).items()}
-    for i, layer in enumerate(model.layers):
-        prefix = f"model.layers.{i}"
-        for names, group in zip(GROUPS, layer.groups, strict=True):
-            if group.bias is not None:
-                parts = group.bias.split([c.shape(n)[0] for n in names])
-                found |= {f"{module_name(i, n)}.bias": b for n, b in zip(names, parts, strict=True)}
-        found |= {
-            f"{prefix}.input_layernorm.weight": layer.input_norm,
-            f"{prefix}.post_attention_layernorm.weight": layer.post_norm,
-        }
-        for name, norm in (("q_norm", layer.q_norm), ("k_norm", layer.k_norm)):
-            if norm is not None:
-                found[f"{prefix}.self_attn.{name}.weight"] = norm
-    found |= {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
-    return found if c.tied_head else found | {"lm_head.weight": model.head}

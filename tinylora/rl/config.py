@@ -10,7 +10,7 @@ from tinylora.adapter.config import TinyLoRAConfig
 from tinylora.cli import flag
 from tinylora.errors import InputError
 from tinylora.model.config import PROJECTIONS
-from tinylora.tasks.builtin import BUILTIN_MODELS
+from tinylora.tasks.bases import BUILTIN_MODELS
 from tinylora.tasks.known import KNOWN
 from tinylora.tasks.prompts import PromptStyle
 

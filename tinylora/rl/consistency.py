@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from tinylora.adapter.on_decoder import Adapter
 from tinylora.engine.rollout import Sampling, rollout
 from tinylora.errors import InputError
-from tinylora.kernels.products import NARROW
+from tinylora.rl.policy import Policy, adapter_of
 from tinylora.rl.update import score
 
 LIMIT = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # nats a token, on average
@@ -32,16 +31,17 @@ def require_same_policy(mean: float | None, largest: float | None, dtype: torch.
         raise InputError(f"step {step}: --exact, but a log-prob of the update differs from the rollout's by {largest:.2g}")
 
 
-def fix_capacity(adapter: Adapter, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+def fix_capacity(policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
     """Make the model exact for prompts and completions of these lengths, and prove it on three of the prompts.
 
     InputError on a GPU, and where a sequence's bits depend on how many are decoded or scored with it.
     """
+    adapter = adapter_of(policy)
     model = adapter.model
     if model.device.type != "cpu":
         raise InputError("--exact works on a CPU only so far: add --device cpu, or leave it out")
     longest = max(map(len, prompts)) + sampling.max_completion_length
-    model.capacity = longest + -longest % NARROW
+    model.cover(longest)
     few = Sampling(min(24, sampling.max_completion_length), sampling.temperature or 1.0, seed=sampling.seed)
     v = 0.05 * torch.randn(adapter.v.shape, generator=torch.Generator().manual_seed(0)).to(adapter.v)
     with torch.no_grad():

@@ -11,9 +11,7 @@ from tinylora.engine.text import Text
 from tinylora.model.config import PROJECTIONS, ModelConfig
 from tinylora.model.loader import resolve_model
 from tinylora.rl.config import LEARNING_RATES, TrainConfig
-from tinylora.tasks.known import KNOWN
-from tinylora.tasks.prompts import messages
-from tinylora.tasks.sets import Row, load_task
+from tinylora.tasks.sets import Row, load_task, sample_row
 
 FLOPS, BANDWIDTH = 770e12, 4.3e12  # of an H200
 PROMPT_TOKENS = 200  # of a prompt, where there is no tokenizer to ask
@@ -105,10 +103,8 @@ def dry_run(c: TrainConfig, recipe: str | None) -> str:
     """The plan of these settings; `recipe` is the --config file they came from."""
     model, directory = config_of(c.model, recipe)
     text = Text(directory) if directory is not None and (directory / "tokenizer.json").exists() else None
-    if c.dataset in KNOWN and c.data is None:  # the hub is not asked for rows that only a sample is taken of
-        style = KNOWN[c.dataset].style if c.prompt_style == "auto" else c.prompt_style
-        return plan(c, model, text, {"prompt": messages("(the question)", style)})
-    return plan(c, model, text, first_row(c))
+    asked = None if c.data is not None else sample_row(c.dataset, c.prompt_style)  # the hub is not asked
+    return plan(c, model, text, asked or first_row(c))
 
 
 def first_prompt(c: TrainConfig) -> str:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from tinylora import prng
-from tinylora.adapter.on_decoder import Adapter
-from tinylora.model.decoder import Matrices
+from tinylora.rl.policy import adapter_of
 from tinylora.rl.run import Run
 from tinylora.rl.step import Clock, dead_groups, draw, finish, length_metrics, reward_metrics, roll_out, stacked
 
@@ -31,18 +30,13 @@ def noise(v: Tensor, rows: int, seed: int, step: int) -> Tensor:
 def es_step(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One step of each run; returns their metrics rows."""
     clock, shares = Clock(), draw(runs)
-    eps: list[Tensor] = []
-    each: list[Matrices] = []
-    for s in shares:
-        adapter = s.run.policy
-        assert isinstance(adapter, Adapter)
-        eps.append(noise(adapter.v, s.count, s.run.config.seed, s.run.step))
-        each.append(adapter.matrices(adapter.v + s.run.config.sigma * eps[-1]))
+    adapters = [adapter_of(s.run.policy) for s in shares]
+    eps = [noise(a.v, s.count, s.run.config.seed, s.run.step) for s, a in zip(shares, adapters, strict=True)]
+    each = [a.matrices(a.v + s.run.config.sigma * e) for s, a, e in zip(shares, adapters, eps, strict=True)]
     roll_out(shares, stacked(each), clock, own_rows=True)
     rows = []
-    for s, e in zip(shares, eps, strict=True):
-        adapter, advantages = s.run.policy, s.advantages
-        assert isinstance(adapter, Adapter)
+    for s, adapter, e in zip(shares, adapters, eps, strict=True):
+        advantages = s.advantages
         adapter.v.grad = -torch.einsum("i,igu->gu", advantages.values.to(e), e) / (len(e) * s.run.config.sigma)
         rows.append({**s.run.descend(), **reward_metrics(s), **dead_groups(advantages), **length_metrics(s)})
     clock.mark()

@@ -14,18 +14,15 @@ from torch import Tensor
 
 import tinylora
 from tinylora import prng
-from tinylora.adapter.on_decoder import Adapter
 from tinylora.engine.rollout import Sampling
 from tinylora.errors import InputError
-from tinylora.files import base_hash
-from tinylora.rl.baselines import Baseline
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.consistency import fix_capacity
 from tinylora.rl.inputs import Inputs
 from tinylora.rl.memory import plan_memory
+from tinylora.rl.policy import adapter_of, baseline_of, new_policy
 from tinylora.rl.rewards import load_reward
 from tinylora.rl.run_directory import V_IN_METRICS, Metrics, RunDirectory, is_step
-from tinylora.rl.update import Policy
 
 ORDER_STREAM = 0x0D3  # names the stream of the prompts' order
 
@@ -40,21 +37,13 @@ class Run:
         self.train_rows = inputs.train_rows
         self.reward = load_reward(config.reward or "") if config.own_reward else None
         self.reward_name = getattr(self.reward, "__name__", "reward") if self.reward else (config.reward or "accuracy")
-        if len(self.train_rows) < config.prompts_per_step:
-            raise InputError(
-                f"--prompts-per-step {config.prompts_per_step}: the task has only {len(self.train_rows)} usable prompts"
-            )
         self.steps_per_epoch = len(self.train_rows) // config.prompts_per_step
         self.max_steps = config.max_steps
         if self.max_steps < 1:
             self.max_steps = max(1, math.ceil(config.num_train_epochs * self.steps_per_epoch))
-        self.policy: Policy
-        if config.method in ("lora", "full"):
-            self.policy = Baseline(self.model, config.method, config.r, config.target_modules, config.seed)
-        else:
-            self.policy = Adapter(self.model, config.adapter)
+        self.policy = new_policy(self.model, config)
         longest, sequences = max(map(len, inputs.prompts)), config.prompts_per_step * config.num_generations
-        if config.exact and isinstance(self.policy, Adapter) and self.model.capacity is None:
+        if config.exact and self.model.capacity is None:
             fix_capacity(self.policy, inputs.prompts, self.sampling())
         self.plan = plan_memory(self.model, longest + config.max_completion_length, sequences, config.microbatch_tokens)
         self.expected: dict[int, float] = {}  # mean completion length of each training row, as last sampled
@@ -65,7 +54,7 @@ class Run:
             "settings": dataclasses.asdict(config),
             "num_parameters": self.policy.num_parameters,
             "max_steps": self.max_steps,
-            "base_model_hash": base_hash(self.model.digests),
+            "base_model_hash": self.model.base_hash,
             "versions": {"tinylora": tinylora.__version__, "torch": torch.__version__},
         }
         self.run_directory = RunDirectory(Path(config.output_dir or config.new_directory(self.model.path)), about, resume)
@@ -122,13 +111,14 @@ class Run:
         self.step += 1
         self.num_tokens += tokens
         head = {"step": self.step, "epoch": self.step / self.steps_per_epoch, "num_tokens": self.num_tokens}
-        if isinstance(self.policy, Baseline):
+        if baseline_of(self.policy):
             return head, {}
-        v = self.policy.stored_v().detach()
+        adapter = adapter_of(self.policy)
+        v = adapter.stored_v().detach()
         if v.numel() > V_IN_METRICS:
             self.run_directory.keep_v(self.step, v)
         own = {"adapter/v": v.flatten().tolist()} if v.numel() <= V_IN_METRICS else {}
-        return head, {"adapter/norm": v.norm().item(), "adapter/relative_change": self.policy.relative_change(), **own}
+        return head, {"adapter/norm": v.norm().item(), "adapter/relative_change": adapter.relative_change(), **own}
 
     def _schedule(self, step: int) -> float:
         """The learning rate's factor at 0-based `step`."""

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from tinylora.engine.rollout import Completion
 from tinylora.kernels.token_logprobs import token_logprobs
-from tinylora.rl.baselines import Baseline
 from tinylora.rl.memory import MemoryPlan
+from tinylora.rl.policy import Policy, baseline_of
 from tinylora.rl.run import Run
 from tinylora.rl.solutions import solution
 from tinylora.rl.step import Clock, Share, draw, finish, length_metrics, reward_metrics, roll_out
-from tinylora.rl.update import Policy, accumulate, hidden_states
+from tinylora.rl.update import accumulate, hidden_states
 
 CHUNK = 1024  # tokens whose logits are in memory for the accuracy
 
@@ -79,8 +79,8 @@ def _scored(
     policy: Policy, prompts: Sequence[Sequence[int]], completions: Sequence[Completion], part: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob, entropy, and whether it is the likeliest, of every token of a part: (tokens,) each."""
-    if isinstance(policy, Baseline):
-        return policy.score([prompts[i] for i in part], [completions[i].tokens for i in part], 1.0)
+    if baseline := baseline_of(policy):
+        return baseline.score([prompts[i] for i in part], [completions[i].tokens for i in part], 1.0)
     hidden, targets = hidden_states(policy.model, policy.matrices(), prompts, completions, part)
     logp, entropy = token_logprobs(hidden, policy.model.head, targets)
     with torch.no_grad():

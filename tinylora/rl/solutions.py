@@ -1,14 +1,14 @@
 """What SFT learns from: a row's solution as tokens."""
 
 import re
+from typing import Any
 
 from tinylora.engine.rollout import Completion
 from tinylora.engine.text import Text
 from tinylora.errors import InputError
-from tinylora.tasks.sets import Row
 
 
-def solution(row: Row, text: Text, source: str) -> Completion:
+def solution(row: dict[str, Any], text: Text, source: str) -> Completion:
     """The row's solution as tokens with the end token. InputError where the row has none."""
     column = "foreign" if source == "foreign" else "solution"
     if not isinstance(row.get(column), str):

@@ -20,7 +20,6 @@ from tinylora.rl.advantages import Advantages, compute_advantages
 from tinylora.rl.rewards import call_reward, random_rewards
 from tinylora.rl.run import Run
 from tinylora.tasks.grading import Verdict
-from tinylora.tasks.sets import Row
 
 
 @dataclass
@@ -29,7 +28,7 @@ class Share:
 
     run: Run
     order: list[int]  # its prompts among the training rows
-    rows: list[Row]
+    rows: list[dict[str, Any]]
     prompts: list[list[int]]
     completions: list[Completion] = field(default_factory=list)
     answers: dict[int, str] = field(default_factory=dict)  # by completion

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from tinylora.evaluation.answers import evaluate
-from tinylora.evaluation.scores import Scores
+from tinylora.evaluation.scores import Scores, summary
 from tinylora.rl.config import TrainConfig, require_alike
 from tinylora.rl.es import es_step
 from tinylora.rl.grpo import grpo_step
@@ -60,6 +60,10 @@ class Trainer(Run):
         scores = self._scores(self.inputs.test_rows, step)
         self.run_directory.save_evaluation(step, dataclasses.asdict(scores))
         return scores
+
+    def before_and_after(self) -> str:
+        """The table of the base and of the adapter as it is now."""
+        return summary(self.evaluate(0), self.evaluate(self.step))
 
     def _scores(self, rows: list[dict[str, Any]], step: int) -> Scores:
         c = self.config

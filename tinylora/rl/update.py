@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tinylora.adapter.on_decoder import Adapter
 from tinylora.engine.rollout import Completion
 from tinylora.errors import InputError
-from tinylora.kernels.linear import fp32_sums
+from tinylora.kernels.products import fp32_sums
 from tinylora.kernels.token_logprobs import token_logprobs
 from tinylora.model.decoder import Decoder, Matrices
 from tinylora.rl.advantages import Advantages
-from tinylora.rl.baselines import Baseline
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.loss import grpo_loss, token_weights
 from tinylora.rl.memory import MemoryPlan
+from tinylora.rl.policy import Policy, baseline_of
+from tinylora.rl.token_metrics import TokenMetrics
 
 
 @dataclass
@@ -40,7 +40,6 @@ class Batch:
     old_logps: dict[int, Tensor] = field(default_factory=dict)  # by completion: the first iteration's, for later ones
 
 
-Policy = Adapter | Baseline
 # Of a part of the completions, by number: its loss, summable over parts, and what to do once its gradient is in.
 PartLoss = Callable[[list[int]], tuple[Tensor, Callable[[], None]]]
 
@@ -55,7 +54,7 @@ def update(policy: Policy, batch: Batch, config: TrainConfig, plan: MemoryPlan) 
     if config.mask_truncated_completions:
         lengths = [n if c.finished else 0 for n, c in zip(lengths, completions, strict=True)]
     used = [i for i, n in enumerate(lengths) if n and (config.beta > 0 or batch.advantages.live[i])]
-    stats, total = _Stats(), sum(lengths)
+    stats, total = TokenMetrics(), sum(lengths)
 
     def loss(part: list[int]) -> tuple[Tensor, Callable[[], None]]:
         logp, entropy = policy_score(policy, prompts, completions, part, config.temperature)  # (tokens,) each
@@ -96,7 +95,7 @@ def update(policy: Policy, batch: Batch, config: TrainConfig, plan: MemoryPlan) 
         return terms.loss.sum(), done
 
     accumulate(policy, prompts, completions, used, plan, loss)
-    return stats.metrics(config)
+    return stats.metrics(with_kl=config.beta > 0)
 
 
 def accumulate(
@@ -193,13 +192,13 @@ def policy_score(
     off: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`score` of completions under a policy; `off`: under the base model."""
-    if isinstance(policy, Baseline):
-        return policy.score([prompts[i] for i in part], [completions[i].tokens for i in part], temperature, off)[:2]
+    if baseline := baseline_of(policy):
+        return baseline.score([prompts[i] for i in part], [completions[i].tokens for i in part], temperature, off)[:2]
     return score(policy, None if off else policy.matrices(), prompts, completions, part, temperature)
 
 
 def score(
-    adapter: Adapter,
+    policy: Policy,
     matrices: Matrices | None,
     prompts: Sequence[Sequence[int]],  # of each completion
     completions: Sequence[Completion],
@@ -207,8 +206,8 @@ def score(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the completions' tokens, one after another, (tokens,) each; each prompt is packed once."""
-    hidden, targets = hidden_states(adapter.model, matrices, prompts, completions, part)
-    return token_logprobs(hidden, adapter.model.head, targets, temperature)
+    hidden, targets = hidden_states(policy.model, matrices, prompts, completions, part)
+    return token_logprobs(hidden, policy.model.head, targets, temperature)
 
 
 def hidden_states(
@@ -237,33 +236,3 @@ def hidden_states(
     hidden = model.packed(torch.tensor(tokens, device=model.device), lengths, matrices, prefixes=prefixes)
     hidden = hidden.index_select(0, torch.tensor(rows, device=model.device))
     return hidden, torch.tensor(targets, device=model.device)
-
-
-class _Stats:
-    """Token metrics over the microbatches of a step."""
-
-    def __init__(self) -> None:
-        self.columns: dict[str, list[Tensor]] = {}
-
-    def add(self, **columns: Tensor | None) -> None:
-        for name, column in columns.items():
-            if column is not None:
-                self.columns.setdefault(name, []).append(column.detach().double().reshape(-1).cpu())
-
-    def metrics(self, config: TrainConfig) -> dict[str, float | None]:
-        def of(name: str, reduction: str) -> float | None:
-            column = torch.cat(self.columns.get(name, [torch.zeros(0)]))
-            return getattr(column, reduction)().item() if len(column) else None
-
-        metrics = {
-            "loss": of("loss", "sum") or 0.0,
-            "entropy": of("entropy", "mean"),
-            "clip_ratio/low_mean": of("low", "mean"),
-            "clip_ratio/high_mean": of("high", "mean"),
-            "sampling/sampling_logp_difference/mean": of("difference", "mean"),
-            "sampling/sampling_logp_difference/max": of("difference", "max"),
-            "sampling/importance_sampling_ratio/min": of("importance", "min"),
-            "sampling/importance_sampling_ratio/mean": of("importance", "mean"),
-            "sampling/importance_sampling_ratio/max": of("importance", "max"),
-        }
-        return metrics | ({"kl": of("kl", "mean")} if config.beta > 0 else {})

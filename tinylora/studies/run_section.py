@@ -12,8 +12,6 @@ from tinylora.studies.stored import read
 if TYPE_CHECKING:
     from tinylora.studies.canvas import Picture
 
-PROBLEMS = 6  # whose answers a run's page shows
-
 
 def run_section(path: Path, samples: bool) -> tuple[str, str, list["Picture"]]:
     """Title, HTML and figures of a training run."""
@@ -54,6 +52,8 @@ def before_and_after(path: Path, last: int) -> str:
 def answers(path: Path, settings: dict[str, Any]) -> str:
     """The first held-out problems with the greedy answers of base and adapter, or why they are not there."""
     title = "<h3>Answers before and after</h3>\n"
+    from tinylora.studies.run_answers import greedy_answers  # it loads torch, which no other part of a report needs
+
     try:
         found = greedy_answers(path, settings)
     except InputError as error:
@@ -66,48 +66,3 @@ def answers(path: Path, settings: dict[str, Any]) -> str:
         )
         parts.append(f'<p>{escape(question)} <em>(gold: {escape(gold)})</em></p>\n<div class="answers">{cells}</div>\n')
     return f"{title}<p>The first {len(found)} held-out problems, not chosen; greedy.</p>\n{''.join(parts)}"
-
-
-def greedy_answers(path: Path, settings: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, bool]]]]:
-    """(question, gold answer, (text, right) of base and trained). InputError where the base or the adapter is not at hand."""
-    from tinylora.adapter.on_decoder import Adapter  # this and the rest load torch, which no other part of a report needs
-    from tinylora.engine.text import Text, fitting_rows
-    from tinylora.evaluation.answers import answer
-    from tinylora.loading import load_adapter
-    from tinylora.model.decoder import Decoder
-    from tinylora.model.loader import load_model
-    from tinylora.tasks.builtin import BUILTIN_MODELS
-    from tinylora.tasks.sets import load_task
-
-    base, data, method = settings["model"], settings["dataset"], settings.get("method")
-    if base not in BUILTIN_MODELS and not Path(base).is_dir():
-        raise InputError(f"the base {base} is no directory here, and a report downloads nothing")
-    if data != "builtin" and settings["data"] is None:
-        raise InputError(f"the dataset {data} is not local, and a report downloads nothing")
-    if method == "lora":
-        raise InputError("the engine does not load PEFT's LoRA adapters")
-    model = load_model(base, settings["device"], settings["dtype"])
-    text, length = Text(model.path), settings["max_completion_length"]
-    task = load_task(data, settings["data"], settings["prompt_style"], ("test",))
-    rows, _ = fitting_rows(task.test[:PROBLEMS], text, model.config.max_positions, length)
-    if not rows or not task.has_answers:
-        raise InputError("the task has no test rows with answers")
-    policies: list[tuple[Decoder, Adapter | None]] = [(model, None), (model, None)]
-    if method == "full":  # whose adapter/ is a model
-        policies[1] = load_model(str(path / "adapter"), settings["device"]), None
-    else:
-        policies[1] = model, load_adapter(path, model)
-    grader = task.grader()
-    try:
-        scored = [answer(m, adapter, text, rows, grader, length, "answers") for m, adapter in policies]
-    finally:
-        grader.close()
-    right = [s.greedy_right(settings["extractor"]) for s in scored]
-    return [
-        (
-            row["prompt"][-1]["content"],
-            row["answer"],
-            [(s.greedy[i][0]["completion"], r[i]) for s, r in zip(scored, right, strict=True)],
-        )
-        for i, row in enumerate(rows)
-    ]

@@ -6,7 +6,6 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinylora.errors import InputError
 from tinylora.studies.page import html_figures, html_table
 from tinylora.studies.results import by, counts, counts_to_reach, is_number, spread
 from tinylora.studies.stored import read
@@ -25,10 +24,7 @@ def study_section(path: Path) -> tuple[str, str, list["Picture"]]:
     """Title, HTML and figures of a study."""
     from tinylora.studies.study_figures import study_pictures
 
-    [about], results = read(path / "study.json"), read(path / "results.jsonl", lines=True)
-    for row in results:
-        if missing := RESULT - row.keys():
-            raise InputError(f"{path / 'results.jsonl'}: a row has no {', '.join(sorted(missing))}")
+    [about], results = read(path / "study.json"), read(path / "results.jsonl", lines=True, needs=RESULT)
     results.sort(
         key=lambda r: (r["series"], r["x"] if is_number(r["x"]) else r["num_parameters"], str(r["x"]), r["arm"], r["seed"])
     )

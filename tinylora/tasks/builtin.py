@@ -12,10 +12,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-BUILTIN = Path(__file__).parent.parent / "demo" / "base"  # the base model of this task
-BUILTIN_MODELS = {"builtin": BUILTIN, "builtin-medium": BUILTIN.with_name("base-medium")}
 NAMES = ("Ann", "Ben", "Cat", "Dan", "Eve", "Fay", "Gus", "Hal")
 THINGS = ("pens", "cups", "nuts", "figs", "eggs", "hats", "toys", "maps")
 CAREFUL_SHARE = 0.40  # of the pretraining answers; the base answers carefully about this often

@@ -112,3 +112,10 @@ def _usable(raw: list[Raw], use: Callable[[Raw], Row], source: str, notes: list[
         said = ", ".join(map(str, numbers[:NAMED])) + (f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else "")
         notes.append(f"{source}: {len(numbers)} of {len(raw)} rows skipped, {reason}: row {said}")
     return rows
+
+
+def sample_row(name: str, style: str = "auto") -> Row | None:
+    """A row of a known set with a question of no content, which needs no data. None for any other."""
+    if name not in KNOWN:
+        return None
+    return {"prompt": messages("(the question)", KNOWN[name].style if style == "auto" else style)}
