@@ -134,7 +134,7 @@ def test_the_same_P_and_tying_as_our_own_decoder(tmp_path: Path) -> None:
     foreign_model("qwen2").save_pretrained(tmp_path / "base")
     decoder = load_model(str(tmp_path / "base"), "cpu")
     ours = Adapter(decoder, adapter.config)
-    assert ours.parts.group_of == adapter.parts.group_of and ours.projection_hash == adapter.parts.projection_hash
+    assert ours.parts.group_of == adapter.parts.group_of and ours.parts.projection_hash == adapter.parts.projection_hash
     ours.load_v(adapter.v.detach())
     assert (decoder.logits(IDS, ours.matrices()) - logits(model)).abs().max() <= 1e-5
     ours.save(tmp_path / "a")
