@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tinylora.adapter import basis
+from tinylora.adapter import basis, factors
 from tinylora.adapter.basis import control_basis, truncated_svd
 from tinylora.adapter.config import BASES
 from tinylora.adapter.factors import compute_basis
@@ -176,7 +176,7 @@ def test_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "new" / "cache"))
     first = compute_basis(weights(), 2, "key")
     assert [p.name for p in (tmp_path / "new" / "cache").iterdir()] == ["basis-key-r2-v1.safetensors"]  # and no partial
-    monkeypatch.setattr(basis, "truncated_svd", refuse)
+    monkeypatch.setattr(factors, "truncated_svd", refuse)
     again = compute_basis(weights(), 2, "key")
     assert equal(again, first)
     assert not any(f.data_ptr() % 64 for pair in again.values() for f in pair), "where computed factors begin, for MKL's bits"
