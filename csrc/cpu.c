@@ -2,7 +2,7 @@
 
 Rows are independent and every sum runs in an order that depends on the row alone, eight lanes at a time: a row's bits depend
 neither on its batch nor on the number of threads. Widths are multiples of 8, heads of 16. An entry returns 0; REFUSED where it
-does not take its arguments, and it has then touched nothing; NO_MEMORY. Compiled by kernels/native.py, with the OpenMP runtime
+does not take its arguments, and it has then touched nothing; NO_MEMORY. Compiled by kernels/library.py, with the OpenMP runtime
 that PyTorch has loaded. */
 
 #include <math.h>

@@ -1,18 +1,18 @@
-"""The house in numbers: python tests/house.py [DIRECTORY] counts a checkout's import circles, imports a file and tokens.
+"""The house in numbers: python tests/house.py [DIRECTORY] counts a checkout's import circles, imports a file, and its density.
 
-An import counts wherever it stands: late, or for type checkers alone. Tokens are the library's, without comments and line ends;
-studies, the report and pretraining are not of it.
+An import counts wherever it stands: late, or for type checkers alone. Tokens are without comments and line ends. The library is
+the package without studies, the report's figures and pretraining.
 """
 
 import ast
 import io
 import sys
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 PACKAGE = "tinylora"
-OUTSIDE = ("studies/", "pretrain", "sweep.py", "report.py", "figures.py")  # of the library, when tokens are counted
+OUTSIDE = ("studies/", "pretrain", "sweep.py", "report.py", "figures.py")  # of the library
 SILENT = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
     *(tokenize.ENCODING, tokenize.ENDMARKER),
@@ -63,17 +63,43 @@ def circles(edges: Mapping[str, set[str]]) -> list[set[str]]:
     return [c for i, c in enumerate(found) if c not in found[:i]]
 
 
-def tokens(root: Path) -> Iterator[tokenize.TokenInfo]:
-    for path in modules(root).values():
-        if not any(part in str(path.relative_to(root)) for part in OUTSIDE):
-            text = io.StringIO(path.read_text())
-            yield from (t for t in tokenize.generate_tokens(text.readline) if t.type not in SILENT)
+def library(root: Path) -> list[str]:
+    """The sources of the library."""
+    inside = (p for p in modules(root).values() if not any(part in str(p.relative_to(root)) for part in OUTSIDE))
+    return [path.read_text() for path in inside]
+
+
+def tokens(sources: Iterable[str]) -> int:
+    every = (token for text in sources for token in tokenize.generate_tokens(io.StringIO(text).readline))
+    return sum(token.type not in SILENT for token in every)
+
+
+def several(node: ast.Assign) -> bool:
+    """Whether it is a, b = x, y: two assignments in one line."""
+    return isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+
+
+def nested(node: ast.AST) -> bool:
+    return isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp) and len(node.generators) > 1
 
 
 if __name__ == "__main__":
     where = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent.parent
-    edges = graph(where)
+    edges, sources = graph(where), library(where)
     sizes = sorted(map(len, circles(edges)), reverse=True)
-    print(f"import circles       {len(sizes)}" + (f", of {', '.join(map(str, sizes))} files" if sizes else ""))
-    print(f"imports a file       {sum(map(len, edges.values())) / len(edges):.2f} ({len(edges)} files)")
-    print(f"tokens of library    {sum(1 for _ in tokens(where)) / 1000:.1f}k")
+    lines = [line.rstrip() for text in sources for line in text.splitlines() if line.strip()]
+    nodes = [node for text in sources for node in ast.walk(ast.parse(text))]
+    assigned = [node for node in nodes if isinstance(node, ast.Assign)]
+    counted = tokens(sources)
+    for name, value in {
+        "import circles": f"{len(sizes)}" + (f": of {', '.join(map(str, sizes))} files" if sizes else ""),
+        "imports a file": f"{sum(map(len, edges.values())) / len(edges):.2f}, of {len(edges)} files",
+        "tokens a non-blank line": f"{counted / len(lines):.1f}",
+        "tuple assignments, share of all": f"{sum(map(several, assigned)) / len(assigned):.1%}",
+        "comprehensions with two or more for": f"{sum(map(nested, nodes))}",
+        "p95 line length": f"{sorted(map(len, lines))[int(0.95 * len(lines))]}",
+        "whole-line comments, share of lines": f"{sum(line.lstrip().startswith('#') for line in lines) / len(lines):.1%}",
+        "library, non-blank lines": f"{len(lines) / 1000:.1f}k",
+        "library, tokens": f"{counted / 1000:.1f}k",
+    }.items():
+        print(f"{name:36}{value}")

@@ -200,7 +200,7 @@ def test_broken_cache_only_warns_and_is_rewritten(damage: str, tmp_path: Path, m
     with pytest.warns(UserWarning, match="ignoring the unreadable factor cache"):
         assert equal(compute_basis(weights(), 2, "key"), first)
     assert file.read_bytes() == whole
-    monkeypatch.setattr(basis, "truncated_svd", refuse)
+    monkeypatch.setattr(factors, "truncated_svd", refuse)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert equal(compute_basis(weights(), 2, "key"), first)

@@ -170,7 +170,7 @@ def test_verdicts_are_kept_by_grader_version(adapter: Path, monkeypatch: pytest.
 def test_a_verdict_that_the_grader_gave_up_on_is_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gave_up = Verdict({"strict": None, "flexible": None}, {"strict": False, "flexible": False}, "timeout")
     with monkeypatch.context() as patch:
-        patch.setattr("tinylora.rl.rewards.grade", lambda *_: gave_up)
+        patch.setattr("tinylora.tasks.grader.grade", lambda *_: gave_up)
         assert "the grader gave up on 8 completions, which count as wrong" in run("--eval-size", "4")
     assert "gave up" not in run("--eval-size", "4")
 

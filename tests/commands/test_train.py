@@ -632,7 +632,7 @@ def test_missing_chat_template(tmp_path, capsys, tiny_model):
 
 def test_trainer_writes_nothing_before_everything_is_checked(tmp_path, monkeypatch):
     """The last thing construction does is to start the run's directory."""
-    monkeypatch.setattr("tinylora.rl.trainer.fitting_rows", lambda rows, *_: ([], []))
+    monkeypatch.setattr("tinylora.rl.inputs.fitting_rows", lambda rows, *_: ([], []))
     with pytest.raises(InputError, match="usable prompts"):
         run("--output-dir", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
