@@ -356,7 +356,7 @@ static void no_memory(void) {
 }
 
 int main(int argc, char **argv) {
-    fault = argc > 1 ? atoi(argv[1]) : 0; /* tests/test_native.py has put faults into cpu.c, none of which is number 0 */
+    fault = argc > 1 ? atoi(argv[1]) : 0; /* tests/kernels/test_native.py has put faults into cpu.c, none of which is number 0 */
     static const struct {
         const char *name;
         int (*run)(void);
