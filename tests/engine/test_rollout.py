@@ -67,11 +67,12 @@ def test_slots_pages_and_sharing_change_nothing(adapted, slots, page_size):
     usage = Usage()
     for options in (
         {},
-        {"share_prompts": False},
         {"expected": [3.0, 1.0, 5.0, 2.0, 4.0]},
         {"cache_bytes": 48 * model.config.cache_bytes(4) + 1},
     ):
         same(whole, rollout(model, matrices, PROMPTS, 4, SAMPLING, slots=slots, page_size=page_size, usage=usage, **options))
+    apart = [p for p in PROMPTS for _ in range(4)]  # each sample's prompt is prefilled for it alone
+    same(whole, rollout(model, matrices, apart, 1, SAMPLING, slots=slots, page_size=page_size, usage=usage))
     assert usage.tokens == 4 * sum(len(c.tokens) for c in whole)
     if page_size == 4 and slots > 3:
         assert usage.restarted > 0, "the tight cache should have made sequences start over"
@@ -98,7 +99,7 @@ def test_a_prompt_is_prefilled_once_for_its_samples(adapted):
     model, _, matrices = adapted
     shared, apart = Usage(), Usage()
     rollout(model, matrices, PROMPTS, 4, SAMPLING, slots=3, usage=shared)
-    rollout(model, matrices, PROMPTS, 4, SAMPLING, slots=3, share_prompts=False, usage=apart)
+    rollout(model, matrices, [p for p in PROMPTS for _ in range(4)], 1, SAMPLING, slots=3, usage=apart)
     assert shared.prefilled == sum(len(p) - 1 for p in PROMPTS) == apart.prefilled // 4
 
 

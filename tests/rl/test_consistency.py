@@ -36,12 +36,13 @@ def test_exact_rollouts_are_bitwise_the_same_and_the_updates(exact):
         {"slots": 3},
         {"slots": 8},
         {"slots": 64},
-        {"share_prompts": False},
         {"expected": [3, 1, 5, 2, 4]},
     ):
         again = rollout(adapter.model, matrices, PROMPTS, 4, SAMPLING, **options)
         assert [(c.tokens, c.logprobs) for c in again] == [(c.tokens, c.logprobs) for c in whole], options
     prompts = [p for p in PROMPTS for _ in range(4)]
+    apart = rollout(adapter.model, matrices, prompts, 1, SAMPLING)  # each sample's prompt is prefilled for it alone
+    assert [(c.tokens, c.logprobs) for c in apart] == [(c.tokens, c.logprobs) for c in whole]
     for part in (list(range(20)), [3], [4, 5, 17], list(range(7, 16))):
         with torch.no_grad():
             logp, _ = score(adapter, matrices, prompts, whole, part, 1.0)

@@ -63,7 +63,6 @@ def rollout(
     slots: int | None = None,  # sequences that decode at once; None: as many as pay and fit
     cache_bytes: int | None = None,  # for keys and values; None: `memory.cache_bytes`
     page_size: int | None = None,  # positions in a page; None: PAGE on a GPU, on a CPU one page a slot
-    share_prompts: bool = True,  # prefill a prompt once for its samples; False: once for each
     expected: Sequence[float] | None = None,  # completion length of each prompt, longest first; None: longest prompt first
     names: Sequence[tuple[int, int]] | None = None,  # seed and number of each sequence; None: the sampling's, and as below
     limits: Sequence[int] | None = None,  # tokens each sequence may get at most, where that is less than the sampling's
@@ -77,11 +76,6 @@ def rollout(
     """
     if not all(prompts):
         raise InputError(f"prompt {[bool(p) for p in prompts].index(False)} is empty; a prompt needs at least one token")
-    if not share_prompts:
-        prompts = [p for p in prompts for _ in range(generations)]
-        row_adapter = None if row_adapter is None else [a for a in row_adapter for _ in range(generations)]
-        expected = None if expected is None else [e for e in expected for _ in range(generations)]
-        generations = 1
     run = _Rollout(model, matrices, prompts, generations, sampling, first_sequence, row_adapter)
     run.limits = limits
     run.names = names

@@ -22,7 +22,6 @@ class LossTerms:
     """What the step's tokens contribute, each (tokens,)."""
 
     loss: Tensor  # already divided: the sum over all microbatches is the step's loss
-    ratio: Tensor  # p / p_old, detached
     clipped_low: Tensor  # bool
     clipped_high: Tensor  # bool
     kl: Tensor | None  # detached
@@ -69,4 +68,4 @@ def grpo_loss(
         loss = loss + beta * kl
     low = (ratio < 1 - epsilon) & (advantages < 0)
     high = (ratio > 1 + epsilon_high) & (advantages > 0)
-    return LossTerms(loss * weights, ratio.detach(), low, high, None if kl is None else kl.detach())
+    return LossTerms(loss * weights, low, high, None if kl is None else kl.detach())
