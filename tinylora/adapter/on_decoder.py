@@ -76,10 +76,8 @@ class Adapter:
         """Of each adapted module P (u, r, r), its group, A A^T and B^T B (r, r); and |W| of all together. On the CPU."""
         names, weights = list(self.parts.group_of), self.model.weights()
         pairs = [self.parts.factors[name] for name in names]
-        P, groups = (
-            torch.stack([self.parts.projections[name] for name in names]),
-            torch.tensor(list(self.parts.group_of.values())),
-        )
+        P = torch.stack([self.parts.projections[name] for name in names])
+        groups = torch.tensor(list(self.parts.group_of.values()))
         AA, BB = torch.stack([(A @ A.T).cpu() for A, _ in pairs]), torch.stack([(B.T @ B).cpu() for _, B in pairs])
         norms = [torch.linalg.vector_norm(weights[name], dtype=torch.float32).item() for name in names]
         return P, groups, AA, BB, math.hypot(*norms)

@@ -54,6 +54,4 @@ def load_inputs(config: TrainConfig) -> Inputs:
         if dropped := len(train) - len(solved):
             print(f"{dropped} solutions are longer than --max-completion-length {most} and are not used")
         train = solved
-    if len(train) < config.prompts_per_step:
-        raise InputError(f"--prompts-per-step {config.prompts_per_step}: the task has only {len(train)} usable prompts")
     return Inputs(model, text, grader, train, test, validation, prompts)

@@ -37,6 +37,10 @@ class Run:
         self.train_rows = inputs.train_rows
         self.reward = load_reward(config.reward or "") if config.own_reward else None
         self.reward_name = getattr(self.reward, "__name__", "reward") if self.reward else (config.reward or "accuracy")
+        if len(self.train_rows) < config.prompts_per_step:
+            raise InputError(
+                f"--prompts-per-step {config.prompts_per_step}: the task has only {len(self.train_rows)} usable prompts"
+            )
         self.steps_per_epoch = len(self.train_rows) // config.prompts_per_step
         self.max_steps = config.max_steps
         if self.max_steps < 1:
