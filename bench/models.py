@@ -46,11 +46,10 @@ class _Drawn:
         self.device, self.dtype = device, dtype
         self.digests: dict[str, str] = {}
 
-    def __call__(self, name: str, *shape: int) -> Tensor:
+    def __call__(self, name: str, *shape: int, out: Tensor | None = None) -> Tensor:
         self.digests[name] = name
-        if "norm" in name:
-            return torch.ones(shape, device=self.device, dtype=self.dtype)
-        return torch.empty(shape, device=self.device, dtype=self.dtype).normal_(0, 0.02)
+        out = torch.empty(shape, device=self.device, dtype=self.dtype) if out is None else out
+        return out.fill_(1) if "norm" in name else out.normal_(0, 0.02)
 
 
 def random_decoder(name: str, device: torch.device, dtype: torch.dtype) -> Decoder:

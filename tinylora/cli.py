@@ -2,6 +2,7 @@
 
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -46,7 +47,8 @@ def read_settings(path: str, config: type[Any]) -> dict[str, Any]:
 
 
 def run_command(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a command; bad input is one line on stderr and exit code 2."""
+    """Run a command; bad input is one line on stderr and exit code 2, a warning is one line there."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         sys.exit(main(sys.argv[1:]))
     except InputError as error:

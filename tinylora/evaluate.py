@@ -26,11 +26,13 @@ class EvaluateConfig:
     evaluation goes on. The last line is one JSON object."""
 
     model: str = "builtin"
-    """Hugging Face directory or hub id; "builtin" and "builtin-medium" come with the package."""
+    """Hugging Face directory, hub id or GGUF file; "builtin" and "builtin-medium" come with the package."""
     adapter: str | None = None
     """A run's output directory, or its adapter/ or best/."""
     adapter_step: int | None = None
     """Score v as it was after this training step of the run in --adapter. Default: the saved adapter."""
+    force_base: bool = False
+    """Take --adapter on a base with other weights than it was trained on, as another quantisation has, with a warning."""
     dataset: tuple[str, ...] = ()
     """One or several tasks: builtin, gsm8k, math, math500, aime24, amc23, minerva_math, olympiadbench, or any data with
     columns "prompt" and "answer". Default: builtin for the built-in models, else gsm8k."""
@@ -109,7 +111,7 @@ def main(arguments: list[str]) -> int:
         return 0
     model = load_model(c.model, c.device, c.dtype)
     text = Text(model.path)
-    adapter = load_adapter(c.adapter, model) if c.adapter else None
+    adapter = load_adapter(c.adapter, model, force_base=c.force_base) if c.adapter else None
     if adapter is not None and c.adapter_step is not None:
         v = v_at_step(Path(c.adapter or ""), c.adapter_step)
         adapter.load_v(v.view_as(adapter.v))

@@ -18,14 +18,15 @@ def cache_dir() -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    _replace(path, lambda partial: Path(partial).write_text(text))
+    write_file(path, lambda partial: Path(partial).write_text(text))
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    _replace(path, lambda partial: save_file(tensors, partial, metadata))
+    write_file(path, lambda partial: save_file(tensors, partial, metadata))
 
 
-def _replace(path: Path, write: Callable[[str], object]) -> None:
+def write_file(path: Path, write: Callable[[str], object]) -> None:
+    """Have `write` fill a hidden file, and give it this path when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
     os.close(handle)

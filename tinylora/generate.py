@@ -20,9 +20,11 @@ class GenerateConfig:
     --raw a prompt is taken as it stands instead of as a user's message."""
 
     model: str = "builtin"
-    """Hugging Face directory or hub id; "builtin" and "builtin-medium" come with the package."""
+    """Hugging Face directory, hub id or GGUF file; "builtin" and "builtin-medium" come with the package."""
     adapter: tuple[str, ...] = ()
     """Run directories or their adapter/: none is the base model, one is for every prompt, as many as prompts is one each."""
+    force_base: bool = False
+    """Take --adapter on a base with other weights than it was trained on, as another quantisation has, with a warning."""
     prompt: tuple[str, ...] = ()
     """Prompts."""
     file: str | None = None
@@ -75,7 +77,7 @@ def main(arguments: list[str]) -> int:
         raise InputError("nothing to complete: give --prompt TEXT, or --file with a prompt a line")
     model = load_model(c.model, c.device, c.dtype)
     text = Text(model.path)
-    adapters = [load_adapter(a, model) for a in c.adapter]
+    adapters = [load_adapter(a, model, force_base=c.force_base) for a in c.adapter]
     encode = text.tokenizer.encode if c.raw else lambda p: text.prompt([{"role": "user", "content": p}])
     ids = [list(encode(p)) for p in prompts]
     sampling = Sampling(c.max_completion_length, c.temperature, c.top_p, c.top_k, c.seed, text.eos_ids)

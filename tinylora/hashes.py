@@ -1,6 +1,8 @@
 """Hashes that tell contents apart: of a tensor, of a model, of anything that JSON holds. No defence against forgery."""
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +20,12 @@ def content_hash(tensor: Tensor) -> str:
 def base_hash(digests: dict[str, str]) -> str:
     """Of a model whose parameters have these content hashes, by name."""
     return joint_hash(*(part for item in sorted(digests.items()) for part in item))
+
+
+def quantisation(digests: Iterable[str]) -> str:
+    """Of a base with these hashes: how many of its tensors are of which type; "" where they do not come from a GGUF."""
+    types = Counter(d.split(":")[0] for d in digests if ":" in d)
+    return ", ".join(f"{count} {type_}" for type_, count in sorted(types.items(), key=lambda item: (-item[1], item[0])))
 
 
 def joint_hash(*parts: str | bytes) -> str:

@@ -372,11 +372,11 @@ def attach(model: nn.Module, config: TinyLoRAConfig, name: str = "default") -> A
     return _make(model, base, config, parts, name)
 
 
-def load(path: Path, model: nn.Module, name: str) -> AttachedAdapter:
+def load(path: Path, model: nn.Module, name: str, force_base: bool = False) -> AttachedAdapter:
     """`load_adapter` for a model that is not ours; beside the adapters it has, if it has any."""
     adapter = _attached(model)
     base = base_of(model, None if adapter is None else adapter.base.digests)
-    config, parts, v = read_adapter(path, base)
+    config, parts, v = read_adapter(path, base, force_base)
     if adapter is None:
         adapter = _make(model, base, config, parts, name)
     else:

@@ -159,8 +159,10 @@ def _stored_name(module: str, shards: dict[str, str], checkpoint: Path) -> str:
 
 
 def load_base(model: str) -> tuple[Path, Base]:
-    """A checkpoint's directory, and it as an adapter sees it: by our loader for the families it knows, else by transformers."""
+    """Where a checkpoint lies, and it as an adapter sees it: by our loader for the families it knows, else by transformers."""
     checkpoint = resolve_model(model)
+    if checkpoint.is_file():  # a GGUF: in float32, where its weights are exact
+        return checkpoint, base_of_decoder(load_model(str(checkpoint), "cpu", "float32"))
     try:
         family = json.loads((checkpoint / "config.json").read_text()).get("model_type")
     except (OSError, ValueError, AttributeError):

@@ -8,6 +8,7 @@ PEFT's directories are `peft`'s; docs/formats.md says what is in the files.
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tinylora.adapter.config import DTYPES, TinyLoRAConfig
 from tinylora.adapter.parts import Base, Parts, draw_parts
 from tinylora.errors import InputError
 from tinylora.files import write_safetensors, write_text
-from tinylora.hashes import base_hash
+from tinylora.hashes import base_hash, quantisation
 
 FORMAT_VERSION = 1
 SKETCH = 16  # entries kept of each row of A and column of B
@@ -30,6 +31,7 @@ SKETCH_TOLERANCE = 1e-2  # relative; a flipped sign or another singular vector i
 
 def about(config: TinyLoRAConfig, parts: Parts, v: Tensor, base: Base) -> dict[str, Any]:
     """What a saved adapter says of itself: its config, its size, and the hashes that tell its base and its P from others."""
+    quantised = quantisation(base.digests.values())
     return {
         "format": "tinylora",
         "format_version": FORMAT_VERSION,
@@ -37,6 +39,7 @@ def about(config: TinyLoRAConfig, parts: Parts, v: Tensor, base: Base) -> dict[s
         "projection_seed": config.p_seed,
         "base_model_name_or_path": base.name,
         "base_model_hash": base_hash(base.digests),
+        **({"base_model_quantization": quantised} if quantised else {}),
         "projection_hash": parts.projection_hash,
         "num_parameters": v.numel(),
     }
@@ -78,8 +81,9 @@ def adapter_path(adapter: str | Path) -> Path:
     return path / "adapter" if not (path / "adapter_config.json").exists() and (path / "adapter").is_dir() else path
 
 
-def read_adapter(path: Path, base: Base) -> tuple[TinyLoRAConfig, Parts, Tensor]:
-    """A saved adapter of any format, checked against a base."""
+def read_adapter(path: Path, base: Base, force_base: bool = False) -> tuple[TinyLoRAConfig, Parts, Tensor]:
+    """A saved adapter of any format, checked against a base. force_base: another base of the same modules is a warning, as
+    another quantisation is one; the adapter is then that base's own, with its factors turned as those it was trained with."""
     described: Any
     try:
         pickles = [p.name for p in path.glob("adapter_model*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
@@ -99,11 +103,13 @@ def read_adapter(path: Path, base: Base) -> tuple[TinyLoRAConfig, Parts, Tensor]
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"--adapter {path} cannot be read: {error}") from None
     if isinstance(described, dict) and "peft_type" in described:
-        return peft.read(path, described, tensors, base)
-    return _read_own(path, described, tensors, base)
+        return peft.read(path, described, tensors, base, force_base)
+    return _read_own(path, described, tensors, base, force_base)
 
 
-def _read_own(path: Path, described: Any, tensors: dict[str, Tensor], base: Base) -> tuple[TinyLoRAConfig, Parts, Tensor]:
+def _read_own(
+    path: Path, described: Any, tensors: dict[str, Tensor], base: Base, force_base: bool
+) -> tuple[TinyLoRAConfig, Parts, Tensor]:
     if not isinstance(described, dict) or (described.get("format"), described.get("format_version")) != (
         "tinylora",
         FORMAT_VERSION,
@@ -119,23 +125,25 @@ def _read_own(path: Path, described: Any, tensors: dict[str, Tensor], base: Base
         config = TinyLoRAConfig(**{**fields, "target_modules": tuple(fields["target_modules"])})
     except TypeError as error:
         raise InputError(f"--adapter {path}: adapter_config.json is broken: {error}") from None
-    if not base.has_hash(described["base_model_hash"]):
-        modules = sum(any(m == n or m.endswith(f".{n}") for n in config.target_modules) for m in base.weights)
-        raise InputError(
-            f"--adapter {path} was trained on {described['base_model_name_or_path']} (weights {described['base_model_hash']}, "
-            f"{described['modules']} modules); this model is {base.name} (weights {base_hash(base.digests)}, "
-            f"{modules} modules). Give the base it was trained on."
-        )
+    forced = not base.has_hash(described["base_model_hash"])
+    if forced:
+        said, same_modules = _other_base(described, config, base)
+        if not force_base or not same_modules:
+            way = ", or --force-base to use this one all the same" if same_modules else ""
+            raise InputError(f"--adapter {path} was trained on {said} Give the base it was trained on{way}.")
     parts = draw_parts(config, base)
     if described["projection_hash"] != parts.projection_hash:
         raise InputError(f"--adapter {path}: P of seed {config.p_seed} comes out differently in this version of tinylora")
     wanted = {"v"} if path.is_file() else {"v", "sketch.A", "sketch.B"}
     if wanted - tensors.keys():
         raise InputError(f"--adapter {path}: adapter_model.safetensors lacks v or its sketches")
+    if forced:
+        warnings.warn(f"--adapter {path} was trained on {said} {_turn(parts, tensors)}", stacklevel=2)
     for side, mine in zip("AB", _sketches(parts.factors), strict=True):
         theirs = tensors.get(f"sketch.{side}", mine)
         # not <=, rather than >, so that NaN fails it
-        if theirs.shape != mine.shape or not ((theirs - mine).norm(dim=2) <= SKETCH_TOLERANCE * mine.norm(dim=2)).all():
+        alike = theirs.shape == mine.shape and ((theirs - mine).norm(dim=2) <= SKETCH_TOLERANCE * mine.norm(dim=2)).all()
+        if not forced and not alike:
             raise InputError(f"--adapter {path}: the factors {side} come out differently on this machine or in this dtype")
     if not tensors["v"].isfinite().all():
         raise InputError(f"--adapter {path}: v is not finite")
@@ -143,6 +151,35 @@ def _read_own(path: Path, described: Any, tensors: dict[str, Tensor], base: Base
     if tuple(tensors["v"].shape) != shape:
         raise InputError(f"--adapter {path}: v has shape {tuple(tensors['v'].shape)}; this adapter's is {shape}")
     return config, parts, tensors["v"]
+
+
+def _other_base(described: dict[str, Any], config: TinyLoRAConfig, base: Base) -> tuple[str, bool]:
+    """What an adapter's base was and what this one is, in words; and whether this has as many modules to adapt."""
+    modules = sum(any(m == n or m.endswith(f".{n}") for n in config.target_modules) for m in base.weights)
+    was, now = described.get("base_model_quantization", ""), quantisation(base.digests.values())
+    kinds = [f"{kind}, " if kind else "" for kind in (was, now)]
+    said = (
+        f"{described['base_model_name_or_path']} ({kinds[0]}weights {described['base_model_hash']}, "
+        f"{described['modules']} modules); this model is {base.name} ({kinds[1]}weights {base_hash(base.digests)}, "
+        f"{modules} modules)."
+    )
+    if was != now and modules == described["modules"]:
+        said += " Another quantisation of the same weights is another base."
+    return said, modules == described["modules"]
+
+
+def _turn(parts: Parts, tensors: dict[str, Tensor]) -> str:
+    """Give each pair of singular vectors the sign it has in the saved sketches; says how far the vectors are from those."""
+    if not {"sketch.A", "sketch.B"} <= tensors.keys():
+        return "How far its factors are from those it was trained with, this file cannot tell."
+    theirs_A, theirs_B = tensors["sketch.A"], tensors["sketch.B"]  # (modules, r, SKETCH)
+    signs = (_sketches(parts.factors)[0] * theirs_A).sum(2).sign()  # (modules, r)
+    for sign, (module, (A, B)) in zip(torch.where(signs == 0, 1.0, signs), parts.factors.items(), strict=True):
+        parts.factors[module] = (A * sign.to(A.device)[:, None], B * sign.to(B.device))
+    off = torch.stack(
+        [(t - m).norm(dim=2) / t.norm(dim=2) for t, m in zip((theirs_A, theirs_B), _sketches(parts.factors), strict=True)]
+    ).amax((0, 2))  # (modules,)
+    return f"Its factors are off by {off.median():.1%} in the median module and {off.max():.1%} in the worst."
 
 
 def _sketches(factors: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ A, B and P travel, and only its way of tying is narrower than ours (`tying`). Of
 import json
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,13 @@ def draw_projection(u: int, r: int, seed: int) -> Tensor:
     return torch.normal(0.0, 1.0 / math.sqrt(r), (u, r, r), generator=torch.Generator().manual_seed(seed))
 
 
-def read(path: Path, config: dict[str, Any], tensors: dict[str, Tensor], base: Base) -> tuple[TinyLoRAConfig, Parts, Tensor]:
-    """An adapter from what was read of PEFT's directory. InputError where it does not fit the base, or is not whole."""
+def read(
+    path: Path, config: dict[str, Any], tensors: dict[str, Tensor], base: Base, force_base: bool = False
+) -> tuple[TinyLoRAConfig, Parts, Tensor]:
+    """An adapter from what was read of PEFT's directory. InputError where it does not fit the base, or is not whole.
+
+    force_base: factors of other weights are a warning; the correction is the one that was trained.
+    """
 
     def refuse(why: str) -> InputError:
         return InputError(f"--adapter {path}: {why}")
@@ -98,7 +104,12 @@ def read(path: Path, config: dict[str, Any], tensors: dict[str, Tensor], base: B
         if wrong:
             name = wrong[0]
             raise refuse(f"{module}: {name} has shape {tuple(found[name])}, and {base.name} wants {wanted[name]}")
-    _check_base(path, modules, A, B, base)
+    try:
+        _check_base(path, modules, A, B, base)
+    except InputError as error:
+        if not force_base:
+            raise
+        warnings.warn(str(error), stacklevel=2)
 
     rank = max(A[m].shape[0] for m in modules)
     for m in modules:  # a small weight may have a lower rank; zeros change nothing
@@ -125,7 +136,7 @@ def _check_base(path: Path, modules: Sequence[str], A: dict[str, Tensor], B: dic
         if not (off[counts] <= limit).all():
             raise InputError(
                 f"--adapter {path}: its factors of {m} are not those of {base.name} (off by {off[counts].max():.1g}, at most "
-                f"{limit:g} is rounding). Give the base it was trained on."
+                f"{limit:g} is rounding). Give the base it was trained on, or --force-base to use this one all the same."
             )
 
 

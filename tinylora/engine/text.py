@@ -5,25 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tinylora.engine.gguf_text import read_tokenizer
 from tinylora.errors import InputError
 
 
 class Text:
-    """The tokenizer of a model directory."""
+    """The tokenizer of a model directory or a GGUF file."""
 
-    def __init__(self, directory: Path) -> None:
-        # tokenizer.json as it stands: for Qwen2 AutoTokenizer puts a splitter of its own in place of the file's.
-        from transformers import PreTrainedTokenizerFast  # takes seconds to import
-
-        if not (directory / "tokenizer.json").exists():
-            raise InputError(f"{directory} has no tokenizer.json")
-        try:
-            self.tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-        except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
-            raise InputError(f"{directory} has no tokenizer that transformers can load: {error}") from None
+    def __init__(self, path: Path) -> None:
+        self.tokenizer: Any
+        self.eos_ids: tuple[int, ...]
+        self.tokenizer, self.eos_ids = read_tokenizer(path) if path.is_file() else _of_directory(path)
         if self.tokenizer.chat_template is None:
-            raise InputError(f"{directory} has no chat template; use the model's Instruct version")
-        self.eos_ids = _eos_ids(directory, self.tokenizer.eos_token_id)
+            raise InputError(f"{path} has no chat template; use the model's Instruct version")
 
     def prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of the conversation with the assistant's turn opened."""
@@ -46,6 +40,19 @@ def fitting_rows(
     ids = [text.prompt(row["prompt"]) for row in rows]
     fitting = [i for i, tokens in enumerate(ids) if len(tokens) <= positions - completion]
     return [rows[i] for i in fitting], [ids[i] for i in fitting]
+
+
+def _of_directory(directory: Path) -> tuple[Any, tuple[int, ...]]:
+    # tokenizer.json as it stands: for Qwen2 AutoTokenizer puts a splitter of its own in place of the file's.
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import
+
+    if not (directory / "tokenizer.json").exists():
+        raise InputError(f"{directory} has no tokenizer.json")
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
+        raise InputError(f"{directory} has no tokenizer that transformers can load: {error}") from None
+    return tokenizer, _eos_ids(directory, tokenizer.eos_token_id)
 
 
 def _eos_ids(directory: Path, tokenizer_eos: int | None) -> tuple[int, ...]:

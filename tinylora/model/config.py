@@ -1,5 +1,6 @@
 """What a decoder needs to know of a Hugging Face config.json. Differences between families are data here, not classes."""
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -58,6 +59,37 @@ class ModelConfig:
     def cache_bytes(self, element_size: int) -> int:
         """Of one position's keys and values, in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """A config.json of this model. InputError for what Hugging Face's has no word for."""
+        rope = self.rope
+        if rope["rope_type"] == "divided":  # the numbers of Llama 3.1 and later give such divisors
+            factor, numbers = max(rope["divisors"]), {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            rope = {"rope_type": "llama3", "rope_theta": rope["rope_theta"], "factor": factor, **numbers}
+            rope["original_max_position_embeddings"] = 8192
+            theirs = rope_frequencies(dataclasses.replace(self, rope=rope))
+            if not torch.allclose(theirs, rope_frequencies(self), rtol=1e-4, atol=0):
+                raise InputError("the frequencies of this model's rope are not Llama 3.1's: a config.json cannot say them")
+        if self.family != "qwen2" and self.qkv_bias != self.o_bias:
+            raise InputError("this model has biases in some of q, k, v and o only: a config.json cannot say that")
+        return {
+            "architectures": [f"{self.family.capitalize()}ForCausalLM"],
+            "model_type": self.family,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.norm_eps,
+            "attention_bias": self.o_bias,
+            "tie_word_embeddings": self.tied_head,
+            "rope_parameters": rope,
+            "max_position_embeddings": self.max_positions,
+            "dtype": self.dtype,
+        }
 
     @staticmethod
     def load(directory: Path) -> "ModelConfig":
@@ -136,12 +168,15 @@ class ModelConfig:
 def rope_frequencies(config: ModelConfig) -> Tensor:
     """Rotation per position of each of the head_dim/2 pairs: float32 (head_dim/2,).
 
-    "llama3" (Llama 3.1) slows the frequencies whose wavelength exceeds the original context and blends the band between.
+    "llama3" (Llama 3.1) slows the frequencies whose wavelength exceeds the original context and blends the band between;
+    "divided" is the same as a GGUF has it, the divisor of each frequency.
     """
     rope, half = config.rope, torch.arange(0, config.head_dim, 2).float() / config.head_dim
     frequencies = 1.0 / rope["rope_theta"] ** half
     if rope["rope_type"] == "linear":
         return frequencies / rope["factor"]
+    if rope["rope_type"] == "divided":
+        return frequencies / torch.tensor(rope["divisors"])
     if rope["rope_type"] == "llama3":
         wavelengths = 2 * math.pi / frequencies
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]

@@ -1,7 +1,8 @@
-"""Load a Hugging Face directory or hub id of safetensors into a Decoder, fusing qkv and gate+up on the way."""
+"""Load a Hugging Face directory of safetensors, or a GGUF, into a Decoder, fusing qkv and gate+up on the way."""
 
 import json
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,39 +12,68 @@ from tinylora.errors import InputError
 from tinylora.hashes import content_hash
 from tinylora.kernels import dispatch
 from tinylora.kernels.frozen import FrozenLinear
+from tinylora.model import gguf
 from tinylora.model.config import GROUPS, ModelConfig, module_name
 from tinylora.model.decoder import Decoder, Layer
+from tinylora.model.gguf_file import GGUF, PART
 from tinylora.tasks.bases import BUILTIN_MODELS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def resolve_model(path_or_id: str, weights: bool = True) -> Path:
-    """A local directory of a path, a hub id or a built-in model. InputError if there is none. weights False: all but those."""
+    """Where a model lies: the directory of a path, a hub id or a built-in model, or a GGUF file, the hub's as owner/repo/FILE.
+
+    InputError if there is none. weights False: all of a directory but those.
+    """
     if path_or_id in BUILTIN_MODELS:
         return BUILTIN_MODELS[path_or_id]
     path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    if path.is_dir() or path.is_file():
         return path
-    if path.exists() or path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):
-        raise InputError(f"--model {path_or_id}: no such directory, and not a hub id like Qwen/Qwen2.5-0.5B-Instruct")
+    file = path_or_id.endswith(".gguf")
+    slashes = path_or_id.count("/")
+    if path.exists() or path_or_id.startswith((".", "/", "~")) or (slashes < 2 if file else slashes != 1):
+        wanted = "file, and not one of the hub like Qwen/Qwen3-0.6B-GGUF/Qwen3-0.6B-Q8_0.gguf"
+        wanted = wanted if file else "directory, and not a hub id like Qwen/Qwen2.5-0.5B-Instruct"
+        raise InputError(f"--model {path_or_id}: no such {wanted}")
     from huggingface_hub import snapshot_download  # slow to import, and only hub ids need it
 
+    owner, name, *inside = path_or_id.split("/")
+    patterns = ["*.json", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
+    if file:
+        part = PART.fullmatch(inside[-1])  # of a split file all parts are wanted
+        patterns = ["/".join([*inside[:-1], f"{part[1]}-*-of-{part[3]}.gguf" if part else inside[-1]])]
     try:
-        patterns = ["*.json", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
-        return Path(snapshot_download(path_or_id, allow_patterns=patterns))
+        found = Path(snapshot_download(f"{owner}/{name}", allow_patterns=patterns)).joinpath(*inside)
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise InputError(f"--model {path_or_id}: no such directory, and the hub did not give it: {error}") from None
+    if not found.exists():
+        raise InputError(f"--model {path_or_id}: {owner}/{name} has no such file")
+    return found
+
+
+def load_config(path: Path) -> ModelConfig:
+    """Of a model that `resolve_model` found. InputError where it is broken, or of another architecture."""
+    if path.is_file() and path.suffix != ".json":
+        return gguf.config_of(GGUF(path))
+    files = sorted(f.name for f in path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").exists() else []
+    if files:
+        raise InputError(f"--model {path}: no config.json, but GGUF: name one of the files ({', '.join(files)})")
+    return ModelConfig.load(path)
 
 
 def load_model(path_or_id: str, device: str = "auto", dtype: str = "auto") -> Decoder:
-    """A frozen Decoder from a directory or hub id ("builtin", "builtin-medium": the models that come with the package).
+    """A frozen Decoder from a directory or hub id ("builtin", "builtin-medium": the models that come with the package), or
+    from a GGUF file, on disk or on the hub (owner/repo/FILE.gguf).
 
-    device "auto" is CUDA where there is one; dtype "auto" is the checkpoint's on CUDA and float32 on a CPU.
+    device "auto" is CUDA where there is one; dtype "auto" is the checkpoint's on CUDA, bfloat16 for quantised weights, and
+    float32 on a CPU.
     InputError for a missing directory, an unsupported architecture, a broken or missing file, a missing or misshapen tensor.
     """
-    directory = resolve_model(path_or_id)
-    config = ModelConfig.load(directory)
+    path = resolve_model(path_or_id)
+    file = GGUF(path) if path.is_file() else None
+    config = gguf.config_of(file) if file else load_config(path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
@@ -51,7 +81,21 @@ def load_model(path_or_id: str, device: str = "auto", dtype: str = "auto") -> De
     if dtype not in _DTYPES:
         raise InputError(f"--dtype {dtype}: choose one of auto, {', '.join(_DTYPES)}")
     dispatch.prove(torch.device(device))  # kernels that are to run there have to be matched against their references first
-    return build_decoder(config, _Checkpoint(directory, torch.device(device), _DTYPES[dtype]), directory)
+    place = torch.device(device), _DTYPES[dtype]
+    read = gguf.Checkpoint(file, config, *place) if file else _Checkpoint(path, *place)
+    return build_decoder(config, read, path)
+
+
+class Reader(Protocol):
+    """What a decoder is built from: its tensors by Hugging Face's names, and the hashes of those that were read."""
+
+    device: torch.device
+    dtype: torch.dtype
+    digests: dict[str, str]
+
+    def __call__(self, name: str, *shape: int, out: Tensor | None = None) -> Tensor:
+        """The tensor, on the device in the dtype, in `out` where that is given. InputError where it is missing or misshapen."""
+        ...
 
 
 class _Checkpoint:
@@ -70,8 +114,8 @@ class _Checkpoint:
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"{directory}: no readable model.safetensors (or its index): {error}") from None
 
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        """The tensor, on the device in the dtype asked for."""
+    def __call__(self, name: str, *shape: int, out: Tensor | None = None) -> Tensor:
+        """The tensor, on the device in the dtype asked for; in `out` where that is given."""
         if name not in self.files:
             raise InputError(f"{self.directory}: the checkpoint has no tensor {name}")
         path = self.directory / self.files[name]
@@ -83,10 +127,12 @@ class _Checkpoint:
         if tuple(tensor.shape) != shape:
             raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, its config.json says {shape}")
         self.digests[name] = content_hash(tensor)
-        return tensor.to(self.device, self.dtype, copy=True)  # or it would keep the file's pages too
+        if out is None:
+            return tensor.to(self.device, self.dtype, copy=True)  # or it would keep the file's pages too
+        return out.copy_(tensor)
 
 
-def build_decoder(config: ModelConfig, read: "_Checkpoint", directory: Path) -> Decoder:
+def build_decoder(config: ModelConfig, read: Reader, path: Path) -> Decoder:
     """Read every tensor the config calls for, segment by segment into its fused buffer."""
     c = config
 
@@ -96,9 +142,9 @@ def build_decoder(config: ModelConfig, read: "_Checkpoint", directory: Path) -> 
         start = 0
         for type_, size in zip(types, rows, strict=True):
             name = module_name(layer, type_)
-            group.weight[start : start + size] = read(f"{name}.weight", size, columns)
+            read(f"{name}.weight", size, columns, out=group.weight[start : start + size])
             if group.bias is not None:
-                group.bias[start : start + size] = read(f"{name}.bias", size)
+                read(f"{name}.bias", size, out=group.bias[start : start + size])
             start += size
         return group
 
@@ -120,4 +166,4 @@ def build_decoder(config: ModelConfig, read: "_Checkpoint", directory: Path) -> 
     embedding = read("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
     norm = read("model.norm.weight", c.hidden_size)
     head = embedding if c.tied_head else read("lm_head.weight", c.vocab_size, c.hidden_size)
-    return Decoder(config, embedding, layers, norm, head, read.digests, directory)
+    return Decoder(config, embedding, layers, norm, head, read.digests, path)

@@ -8,11 +8,14 @@ import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tinylora.engine.directory import write_directory
+from tinylora.engine.text import Text
 from tinylora.errors import InputError
 from tinylora.model.decoder import Decoder
 
@@ -26,7 +29,11 @@ class Baseline:
         from transformers import AutoModelForCausalLM  # takes seconds to import
 
         self.model, self.method = model, method
-        network: Any = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32)
+        with TemporaryDirectory() as scratch:
+            if model.path.is_file():  # a GGUF
+                write_directory(model, Path(scratch))
+            source = scratch if model.path.is_file() else model.path
+            network: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         network = network.to(model.device).eval()
         if method == "lora":
             try:
@@ -85,6 +92,9 @@ class Baseline:
             self.network.save_pretrained(directory, save_embedding_layers=False)
             return
         self.network.save_pretrained(directory)
+        if self.model.path.is_file():
+            Text(self.model.path).tokenizer.save_pretrained(directory)
+            return
         for file in self.model.path.iterdir():
             if file.name.startswith(("tokenizer", "chat_template", "special_tokens", "vocab", "merges")):
                 shutil.copy(file, directory)

@@ -65,8 +65,8 @@ class TrainConfig:
     """The settings of a run, as its config.json has them. InputError for those that cannot be."""
 
     model: str = "builtin"
-    """Hugging Face directory or hub id of a Qwen2/2.5, Qwen3 or Llama 3.x model; "builtin" and "builtin-medium"
-    come with the package."""
+    """Hugging Face directory or hub id of a Qwen2/2.5, Qwen3 or Llama 3.x model, or a GGUF file of one (on the hub
+    owner/repo/FILE.gguf); "builtin" and "builtin-medium" come with the package."""
     dataset: str = "gsm8k"
     """The task: builtin, gsm8k, math (levels 3-5); or any data with a column "prompt": a hub id, or any name with --data."""
     data: str | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tinylora.engine.text import Text
 from tinylora.model.config import PROJECTIONS, ModelConfig
-from tinylora.model.loader import resolve_model
+from tinylora.model.loader import load_config, resolve_model
 from tinylora.rl.config import LEARNING_RATES, TrainConfig
 from tinylora.tasks.sets import Row, load_task, sample_row
 
@@ -18,12 +18,12 @@ PROMPT_TOKENS = 200  # of a prompt, where there is no tokenizer to ask
 
 
 def config_of(model: str, beside: str | None) -> tuple[ModelConfig, Path | None]:
-    """The model's config and directory; for a recipe, from configs/NAME.json beside it, without network (and directory)."""
+    """The model's config and where it lies; for a recipe, from configs/NAME.json beside it, without network (and place)."""
     shipped = Path(beside).parent / "configs" / f"{model.split('/')[-1]}.json" if beside else None
-    if shipped is not None and shipped.exists() and not Path(model).expanduser().is_dir():
+    if shipped is not None and shipped.exists() and not Path(model).expanduser().exists():
         return ModelConfig.load(shipped), None
-    directory = resolve_model(model, weights=False)
-    return ModelConfig.load(directory), directory
+    path = resolve_model(model, weights=False)
+    return load_config(path), path
 
 
 def plan(c: TrainConfig, model: ModelConfig, text: Text | None, row: Row | None) -> str:
@@ -101,8 +101,8 @@ def _bytes(n: float) -> str:
 
 def dry_run(c: TrainConfig, recipe: str | None) -> str:
     """The plan of these settings; `recipe` is the --config file they came from."""
-    model, directory = config_of(c.model, recipe)
-    text = Text(directory) if directory is not None and (directory / "tokenizer.json").exists() else None
+    model, path = config_of(c.model, recipe)
+    text = Text(path) if path is not None and (path.is_file() or (path / "tokenizer.json").exists()) else None
     asked = None if c.data is not None else sample_row(c.dataset, c.prompt_style)  # the hub is not asked
     return plan(c, model, text, asked or first_row(c))
 
