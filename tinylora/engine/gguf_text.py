@@ -123,6 +123,9 @@ class _Tokens:
         if len(scores) != len(self.tokens):
             raise self.refuse(f"scores has {len(scores)} entries for {len(self.tokens)} tokens")
         plain = {i for i, type_ in enumerate(self.types) if type_ not in (UNKNOWN, CONTROL, BYTE)}
+        for token in (self.tokens[i] for i in sorted(plain) if len(self.tokens[i]) == 2 and self.types[i] != USER_DEFINED):
+            if not {self.ids.get(character) for character in token} <= plain:  # llama.cpp merges what are no tokens, too
+                raise self.refuse(f"tokens has {token!r} and not both its characters: ids would not be llama.cpp's")
         merges = []
         for i in sorted(plain, key=lambda i: -scores[i]):
             token = self.tokens[i]

@@ -83,7 +83,7 @@ def load_model(path_or_id: str, device: str = "auto", dtype: str = "auto") -> De
     dispatch.prove(torch.device(device))  # kernels that are to run there have to be matched against their references first
     place = torch.device(device), _DTYPES[dtype]
     read = gguf.Checkpoint(file, config, *place) if file else _Checkpoint(path, *place)
-    return build_decoder(config, read, path)
+    return build_decoder(config, read, file.path if file else path)
 
 
 class Reader(Protocol):
