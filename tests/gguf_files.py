@@ -33,17 +33,22 @@ def blocks(type_: str, rows: int, columns: int, rng: np.random.Generator) -> np.
         raw[:, :4] = raw[:, :4] % 8 + 8
         return raw.reshape(rows, -1)
 
-    def scaled(scale: float) -> np.ndarray:
-        half = np.array(scale, np.float16)
+    def scaled(scale: float, least: float = 0.0) -> np.ndarray:
+        halves = [np.array(number, np.float16) for number in (scale, least)]
         if type_ == "IQ1_M":  # a quarter of the scale in the upper four bits of each of the last four uint16
             for i in range(4):
-                raw[:, 49 + 2 * i] = raw[:, 49 + 2 * i] & 0x0F | (int(half.view(np.uint16)) >> 4 * i & 0xF) << 4
-        for at in SCALES.get(type_, ()):
+                raw[:, 49 + 2 * i] = raw[:, 49 + 2 * i] & 0x0F | (int(halves[0].view(np.uint16)) >> 4 * i & 0xF) << 4
+        for at, half in zip(SCALES.get(type_, ()), halves, strict=False):
             raw[:, at : at + 2] = np.frombuffer(half.tobytes(), np.uint8)
         return raw.reshape(rows, -1)
 
-    spread = gguf.dequantize(scaled(1.0), kind).std()
-    return scaled(SCALE / float(spread))
+    def numbers(*scales: float) -> np.ndarray:
+        return gguf.dequantize(scaled(*scales), kind)
+
+    # Random scales and minima are all positive: the minima's scale is what makes the weights' mean zero.
+    ratio = float(numbers(1.0).mean() / -numbers(0.0, 1.0).mean()) if len(SCALES.get(type_, ())) == 2 else 0.0
+    scale = SCALE / float(numbers(1.0, ratio).std())
+    return scaled(scale, ratio * scale)
 
 
 @cache
