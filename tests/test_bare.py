@@ -1,4 +1,4 @@
-"""The environment of a bare GPU machine, imitated: no tyro, math-verify, datasets or trl, and no git on PATH.
+"""The environment of a bare GPU machine, imitated: no tyro, math-verify, datasets, trl or gguf, and no git on PATH.
 
 bench/README.md says how the real one is made, and runs these tests in it.
 """
@@ -15,7 +15,7 @@ import pytest
 from bench import gpu
 
 ROOT = Path(__file__).parent.parent
-MISSING = ("tyro", "math_verify", "datasets", "trl")
+MISSING = ("tyro", "math_verify", "datasets", "trl", "gguf")
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for folder in ("tinylora", "bench")

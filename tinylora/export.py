@@ -13,7 +13,6 @@ from tinylora.adapter.gguf_lora import write_gguf_lora
 from tinylora.cli import run_command, table
 from tinylora.engine.directory import write_directory
 from tinylora.errors import InputError
-from tinylora.model.loader import load_config, load_model
 
 ENOUGH = 0.95  # of the correction; below it a merged checkpoint is another policy, and the report warns
 
@@ -54,7 +53,7 @@ def export(c: ExportConfig) -> dict[str, Any]:
         raise InputError("--rank pads a LoRA: add --to lora")
     if c.dtype != "auto" and c.to != "merged":
         raise InputError("--dtype is of a merged checkpoint: add --to merged")
-    checkpoint, base = load_base(c.model)
+    checkpoint, base, decoder = load_base(c.model)
     config, parts, v = read_adapter(adapter_path(c.adapter), base, c.force_base)
     said: dict[str, Any] = {"to": c.to, "output": str(output), "modules": len(parts.factors), "num_parameters": v.numel()}
     if c.to == "tiny":
@@ -64,7 +63,10 @@ def export(c: ExportConfig) -> dict[str, Any]:
     if c.to == "lora":
         write_lora(output, config, parts, v, base, c.rank)
     elif c.to == "gguf-lora":
-        write_gguf_lora(output, corrections(config, parts, v), load_config(checkpoint), base.name)
+        if decoder is None:
+            raise InputError(f"--to gguf-lora: {base.name} is of an architecture that only transformers reads; use --to lora")
+        family, head_dim = decoder.config.family, decoder.config.head_dim
+        write_gguf_lora(output, corrections(config, parts, v), family, head_dim, base.name)
     elif c.to == "peft":
         said["tying_kept"] = peft.write(output, parts, v, base)
         if not said["tying_kept"]:
@@ -73,8 +75,8 @@ def export(c: ExportConfig) -> dict[str, Any]:
             )
     else:
         with TemporaryDirectory(dir=output.parent) as scratch:
-            if checkpoint.is_file():  # a GGUF, which is first written as a directory
-                write_directory(load_model(str(checkpoint), "cpu", "float32"), Path(scratch))
+            if decoder is not None and checkpoint.is_file():  # a GGUF, which is first written as a directory
+                write_directory(decoder, Path(scratch))
             source = Path(scratch) if checkpoint.is_file() else checkpoint
             kept = write_merged(output, source, corrections(config, parts, v), base, c.dtype)
         rows = [[name, f"{k.share:.1%}", f"{k.relative:.2e}"] for name, k in kept.items() if name != "all"]

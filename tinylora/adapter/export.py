@@ -18,6 +18,7 @@ from tinylora.adapter.parts import Base, Parts
 from tinylora.errors import InputError
 from tinylora.files import write_safetensors, write_text
 from tinylora.model.config import FAMILIES, ModelConfig
+from tinylora.model.decoder import Decoder
 from tinylora.model.loader import load_model, resolve_model
 
 
@@ -158,20 +159,22 @@ def _stored_name(module: str, shards: dict[str, str], checkpoint: Path) -> str:
     raise InputError(f"--model {checkpoint}: the checkpoint has no tensor {module}.weight to merge into")
 
 
-def load_base(model: str) -> tuple[Path, Base]:
-    """Where a checkpoint lies, and it as an adapter sees it: by our loader for the families it knows, else by transformers."""
+def load_base(model: str) -> tuple[Path, Base, Decoder | None]:
+    """Where a checkpoint lies, the base as an adapter sees it, and our decoder of it: None where transformers alone reads it."""
     checkpoint = resolve_model(model)
     if checkpoint.is_file():  # a GGUF: in float32, where its weights are exact
-        return checkpoint, base_of_decoder(load_model(str(checkpoint), "cpu", "float32"))
+        decoder = load_model(str(checkpoint), "cpu", "float32")
+        return checkpoint, base_of_decoder(decoder), decoder
     try:
         family = json.loads((checkpoint / "config.json").read_text()).get("model_type")
     except (OSError, ValueError, AttributeError):
         family = FAMILIES[0]  # our loader says what is wrong
     if family in FAMILIES:
-        return checkpoint, base_of_decoder(load_model(str(checkpoint), "cpu", ModelConfig.load(checkpoint).dtype))
+        decoder = load_model(str(checkpoint), "cpu", ModelConfig.load(checkpoint).dtype)
+        return checkpoint, base_of_decoder(decoder), decoder
     from transformers import AutoModelForCausalLM  # slow to import, and only other families need it
 
     try:
-        return checkpoint, base_of(AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto"))
+        return checkpoint, base_of(AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")), None
     except (OSError, ValueError) as error:
         raise InputError(f"--model {checkpoint}: {error}") from None

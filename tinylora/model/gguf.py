@@ -7,6 +7,7 @@ before all y: they are put back. A tensor of the file that this decoder does not
 import dataclasses
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,13 @@ _PLAIN = {
 }
 
 
-def config_of(file: GGUF) -> ModelConfig:
-    """The config, checked against the names of the tensors. InputError for what this decoder does not have."""
+def read_head(path: Path) -> tuple[GGUF, ModelConfig]:
+    """A file and its config, checked against each other; no weight is read. InputError for what this decoder does not have."""
+    file = GGUF(path)
+    return file, _config_of(file)
+
+
+def _config_of(file: GGUF) -> ModelConfig:
     where, metadata = f"--model {file.path}", file.metadata
     family = metadata.get("general.architecture", "unnamed")
     if family not in FAMILIES:
@@ -61,7 +67,8 @@ def config_of(file: GGUF) -> ModelConfig:
     vocabulary = len(tokens) if isinstance(tokens, list) else embedding and embedding.shape[0]
     factor = get("rope.scaling.factor", get("rope.scale_linear", 0)) or 1
     kind = get("rope.scaling.type", "linear")
-    rope = {"rope_type": "default" if kind == "none" or (kind == "linear" and factor == 1) else kind, "factor": factor}
+    plain_rope = kind == "none" or (kind == "linear" and factor == 1)
+    rope = {"rope_type": "default"} if plain_rope else {"rope_type": kind, "factor": factor}
     wanted = {
         "model_type": family,
         "vocab_size": vocabulary,

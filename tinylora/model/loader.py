@@ -1,6 +1,7 @@
 """Load a Hugging Face directory of safetensors, or a GGUF, into a Decoder, fusing qkv and gate+up on the way."""
 
 import json
+import re
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +16,6 @@ from tinylora.kernels.frozen import FrozenLinear
 from tinylora.model import gguf
 from tinylora.model.config import GROUPS, ModelConfig, module_name
 from tinylora.model.decoder import Decoder, Layer
-from tinylora.model.gguf_file import GGUF, PART
 from tinylora.tasks.bases import BUILTIN_MODELS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -42,8 +42,7 @@ def resolve_model(path_or_id: str, weights: bool = True) -> Path:
     owner, name, *inside = path_or_id.split("/")
     patterns = ["*.json", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
     if file:
-        part = PART.fullmatch(inside[-1])  # of a split file all parts are wanted
-        patterns = ["/".join([*inside[:-1], f"{part[1]}-*-of-{part[3]}.gguf" if part else inside[-1]])]
+        patterns = [re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-*-of-\1", "/".join(inside))]  # of a split file all parts
     try:
         found = Path(snapshot_download(f"{owner}/{name}", allow_patterns=patterns)).joinpath(*inside)
     except Exception as error:  # the hub client raises a dozen unrelated types
@@ -56,7 +55,7 @@ def resolve_model(path_or_id: str, weights: bool = True) -> Path:
 def load_config(path: Path) -> ModelConfig:
     """Of a model that `resolve_model` found. InputError where it is broken, or of another architecture."""
     if path.is_file() and path.suffix != ".json":
-        return gguf.config_of(GGUF(path))
+        return gguf.read_head(path)[1]
     files = sorted(f.name for f in path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").exists() else []
     if files:
         raise InputError(f"--model {path}: no config.json, but GGUF: name one of the files ({', '.join(files)})")
@@ -72,8 +71,7 @@ def load_model(path_or_id: str, device: str = "auto", dtype: str = "auto") -> De
     InputError for a missing directory, an unsupported architecture, a broken or missing file, a missing or misshapen tensor.
     """
     path = resolve_model(path_or_id)
-    file = GGUF(path) if path.is_file() else None
-    config = gguf.config_of(file) if file else load_config(path)
+    file, config = gguf.read_head(path) if path.is_file() else (None, load_config(path))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":

@@ -4,7 +4,6 @@ The transformers model of the same directory is what is trained and what scores 
 For rollouts its weights are written into the Decoder, in place, so that generation and grading are the adapters' own.
 """
 
-import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinylora.engine.directory import write_directory
-from tinylora.engine.text import Text
+from tinylora.engine.directory import copy_tokenizer, write_directory
 from tinylora.errors import InputError
 from tinylora.model.decoder import Decoder
 
@@ -92,9 +90,4 @@ class Baseline:
             self.network.save_pretrained(directory, save_embedding_layers=False)
             return
         self.network.save_pretrained(directory)
-        if self.model.path.is_file():
-            Text(self.model.path).tokenizer.save_pretrained(directory)
-            return
-        for file in self.model.path.iterdir():
-            if file.name.startswith(("tokenizer", "chat_template", "special_tokens", "vocab", "merges")):
-                shutil.copy(file, directory)
+        copy_tokenizer(self.model, directory)
