@@ -417,7 +417,7 @@ def test_layers_bench_of_a_directory_has_its_first_layers(capsys: pytest.Capture
     assert len(whole.model.layers) == whole.config.num_hidden_layers == 4 and len(first.model.layers) == 2
     stored, mine = load_file(path / "model.safetensors"), first.state_dict()
     assert all(torch.equal(mine[name], stored[name].float()) for name in stored if "layers.1." in name)
-    layers.main(["--model", str(path), "--layers", "2", "--tokens", "16", "--rounds", "1"])
+    layers.main(["--model", str(path), "--layers", "2", "--tokens", "16", "--rounds", "3"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["model"], result["layers"], list(result["contenders"])) == ("copy", 2, ["bare", "attached", "PEFT"])
 
