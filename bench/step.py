@@ -4,10 +4,12 @@
     whole step  rollout, reward, update:     ours; TRL's GRPOTrainer on a PEFT TinyLoRA model
 
 All in one process, interleaved step by step, fp32, same prompts per step, samples, cap, temperature and trained numbers, on the
-built-in base or another model. The learning rate is 0, so every policy stays the base and the completions stay equally long on
-average (printed). TRL runs without gradient checkpointing and in one microbatch. Rounds in which other processes used over 4 %
-of the machine are dropped, and counted. The floor is the step's matrix FLOP (2P a token in the rollout with prompts once per
-group, 4P in the update with no group left out) at the rate of a 1024^3 product measured in the same run.
+built-in base or another model. Rewards on another model alternate, on both sides: with few right answers most groups are dead,
+and ours leaves those out of its update while TRL does not. The learning rate is 0, so every policy stays the base and the
+completions stay equally long on average (printed). TRL runs without gradient checkpointing and in one microbatch. Rounds in
+which other processes used over 4 % of the machine are dropped, and counted. The floor is the step's matrix FLOP (2P a token in
+the rollout with prompts once per group, 4P in the update with no group left out) at the rate of a 1024^3 product measured in
+the same run.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 
 from bench.measure import Rounds, card, gemm_rate, print_json, quantiles
+from bench.memory import alternating
 from bench.models import CHOICES, model_directory
 from tinylora.cli import table
 from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
@@ -50,7 +53,9 @@ def peers(ours: Trainer, directory: Path, steps: int, on_round: Any) -> None:
 
     def accuracy(completions: list[Any], completion_ids: list[Any], answer: list[str], **_: Any) -> list[float | None]:
         lengths.append(statistics.mean(map(len, completion_ids)))
-        texts = [c[0]["content"] for c in completions]
+        if c.own_reward:
+            return alternating(completions)
+        texts = [x[0]["content"] for x in completions]
         return [float(grade(text, gold, "hash").right["strict"]) for text, gold in zip(texts, answer, strict=True)]
 
     class Clock(TrainerCallback):  # type: ignore[misc]
@@ -115,6 +120,7 @@ def main() -> None:
         )
         settings |= {"model": str(model_directory(o.model, Path(scratch), torch.float32)), "device": device, "dtype": "float32"}
         settings |= {"prompts_per_step": o.prompts, "num_generations": o.generations, "max_completion_length": o.longest}
+        settings |= {"reward": None if o.model == "builtin" else "bench.memory:alternating"}
         ours = Trainer(TrainConfig(**settings))
         seconds: dict[str, list[float]] = {"step/ours": [], "step/trl": [], "rollout/ours": [], "rollout/generate": []}
         tokens: dict[str, list[float]] = {"ours": [], "trl": [], "generate": []}
