@@ -1,8 +1,8 @@
-"""Peak memory of one GRPO step, ours beside TRL's, each in a process of its own: python -m bench.memory [--model qwen0.5b]
+"""Peak memory of one GRPO step, ours beside TRL's, each in a process of its own: python -m bench.memory
 
-One prompt of about 150 tokens, 8 completions of up to --longest, fp32 on a CPU and bf16 on a GPU, one microbatch, no gradient
-checkpointing, the same trained numbers. On a CPU what is reported is the process's peak resident size beyond what it held
-with the model loaded and the trainer built; on a GPU the allocator's.
+Of --model NAME|DIRECTORY|GGUF. One prompt of about 150 tokens, 8 completions of up to --longest, fp32 on a CPU and bf16 on a
+GPU, one microbatch, no gradient checkpointing, the same trained numbers. On a CPU what is reported is the process's peak
+resident size beyond what it held with the model loaded and the trainer built; on a GPU the allocator's.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bench.measure import card, print_json
-from bench.models import SHAPES, model_directory
+from bench.models import CHOICES, model_directory
 from tinylora.cli import table
 
 SAMPLES = 8
@@ -28,7 +28,9 @@ def peak(device: str) -> float:
     """GB."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    # getrusage's peak begins at that of the parent, which has made the model
+    (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024 / 1e9
 
 
 def held(device: str) -> float:
@@ -125,7 +127,7 @@ def trl(path: Path, longest: int, device: str, scratch: Path) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="qwen0.5b", choices=["builtin", *SHAPES])
+    parser.add_argument("--model", default="qwen0.5b", help=CHOICES)
     parser.add_argument("--longest", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", help="a file for the last line too")
@@ -145,6 +147,7 @@ def main() -> None:
             if done.returncode:
                 raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
             found[name] = json.loads(done.stdout.splitlines()[-1])
+    o.model = Path(o.model).name  # in the table and the result
     cells = [
         [n, *(f"{f[k]:.2f}" for k in ("before", "peak")), f"{f['peak'] - f['before']:.2f}", f"{f['tokens']:.0f}"]
         for n, f in found.items()

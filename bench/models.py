@@ -1,4 +1,4 @@
-"""Models for benchmarks: the built-in one, and random weights at Qwen2.5's shapes, which need no download."""
+"""Models for benchmarks: the built-in one, random weights at Qwen2.5's shapes, which need no download, and files."""
 
 import json
 import shutil
@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from tinylora.adapter.config import TinyLoRAConfig
 from tinylora.adapter.on_decoder import Adapter, base_of_decoder
 from tinylora.adapter.parts import Parts, projection_of
+from tinylora.engine.directory import write_directory
+from tinylora.errors import InputError
 from tinylora.model.config import ModelConfig
 from tinylora.model.decoder import Decoder
-from tinylora.model.loader import build_decoder
+from tinylora.model.loader import build_decoder, load_model
 from tinylora.tasks.bases import BUILTIN
 
 SHAPES = {  # hidden, intermediate, layers, heads, kv_heads, vocabulary, tied head
@@ -23,6 +25,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, kv_heads, vocabulary, tied he
     "qwen0.5b": (896, 4864, 24, 14, 2, 151936, True),
     "qwen7b": (3584, 18944, 28, 28, 4, 152064, False),
 }
+CHOICES = f"{', '.join(['builtin', *SHAPES])}, a Hugging Face directory or a GGUF file"  # of --model
 
 
 def qwen2_config(name: str) -> Qwen2Config:
@@ -91,10 +94,30 @@ def with_peft(base: Any) -> Any:
         return peft.get_peft_model(base, config).eval()
 
 
-def model_directory(name: str, scratch: Path, dtype: torch.dtype) -> Path:
-    """A directory with the model and the built-in tokenizer; its end tokens are never likelier than any other."""
+def model_directory(name: str, scratch: Path, dtype: torch.dtype, choices: str = CHOICES) -> Path:
+    """The Hugging Face directory of a model: "builtin", one of SHAPES, a directory as it is, or what a GGUF file holds.
+
+    A GGUF's weights are written into `scratch` in `dtype`. Quantised ones are thus dequantised for both sides: who measures
+    loads the same numbers from the same directory. Of anything else the error names the `choices`.
+    """
+    path = Path(name).expanduser()
     if name == "builtin":
         return BUILTIN
+    if name in SHAPES:
+        return _random_directory(name, scratch, dtype)
+    if (path / "config.json").exists():
+        return path
+    if not path.is_file():
+        raise SystemExit(f"--model {name}: choose {choices}")
+    try:
+        write_directory(load_model(str(path), "cpu", str(dtype).removeprefix("torch.")), scratch / "model")
+    except InputError as error:
+        raise SystemExit(str(error)) from None
+    return scratch / "model"
+
+
+def _random_directory(name: str, scratch: Path, dtype: torch.dtype) -> Path:
+    """Random weights and the built-in tokenizer; its end tokens are never likelier than any other."""
     config = qwen2_config(name)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)

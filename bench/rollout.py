@@ -1,4 +1,4 @@
-"""Generation beside transformers: python -m bench.rollout [--model builtin|qwen0.5b|qwen7b] [--lengths eos|gsm8k|fixed]
+"""Generation beside transformers: python -m bench.rollout [--model NAME|DIRECTORY|GGUF] [--lengths eos|gsm8k|fixed]
 
     ours         the rollout, 13 trained numbers away from zero, all samples of a prompt in one call
     base         the same without an adapter: what the adapter costs
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from bench.measure import Rounds, card, copy_rate, gemm_rate, print_json, quantiles, seconds_in, timed
-from bench.models import gsm8k_like, model_directory, with_peft
+from bench.models import CHOICES, gsm8k_like, model_directory, with_peft
 from tinylora.adapter.config import TinyLoRAConfig
 from tinylora.adapter.on_decoder import Adapter
 from tinylora.cli import table
@@ -94,7 +94,7 @@ def floors(model: Decoder, usage: Usage, mean_length: float, rates: tuple[float,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpu = torch.cuda.is_available()
-    parser.add_argument("--model", default="qwen7b" if gpu else "builtin", choices=["builtin", "qwen0.5b", "qwen7b"])
+    parser.add_argument("--model", default="qwen7b" if gpu else "builtin", help=CHOICES)
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--lengths", default="eos", choices=["eos", "gsm8k", "fixed"])
@@ -110,6 +110,7 @@ def main() -> None:
     rates = gemm_rate(8192 if gpu else 1024, 5, o.device, dtype), copy_rate(1 << (30 if gpu else 26), 5, o.device)
     with tempfile.TemporaryDirectory() as scratch:
         path = model_directory(o.model, Path(scratch), dtype)
+        o.model = Path(o.model).name  # in the table and the result
         model, text = load_model(str(path), o.device, str(dtype).removeprefix("torch.")), Text(path)
         adapter = Adapter(model, TinyLoRAConfig(u=13, n_tie="all"))
         with torch.no_grad():

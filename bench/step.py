@@ -1,13 +1,15 @@
-"""One GRPO step on the built-in base, ours beside the peers': python -m bench.step
+"""One GRPO step of the built-in task, ours beside the peers': python -m bench.step [--model NAME|DIRECTORY|GGUF]
 
-    rollout     128 completions of 16 prompts: ours; transformers generate on a PEFT TinyLoRA model
-    whole step  rollout, reward, update:       ours; TRL's GRPOTrainer on a PEFT TinyLoRA model
+    rollout     8 completions of 16 prompts: ours; transformers generate on a PEFT TinyLoRA model
+    whole step  rollout, reward, update:     ours; TRL's GRPOTrainer on a PEFT TinyLoRA model
 
-All in one process, interleaved step by step, fp32, same prompts per step, samples, cap, temperature and trained numbers. The
-learning rate is 0, so every policy stays the base and the completions stay equally long on average (printed). TRL runs without
-gradient checkpointing and in one microbatch. Rounds in which other processes used over 4 % of the machine are dropped, and
-counted. The floor is the step's matrix FLOP (2P a token in the rollout with prompts once per group, 4P in the update with no
-group left out) at the rate of a 1024^3 product measured in the same run.
+All in one process, interleaved step by step, fp32, same prompts per step, samples, cap, temperature and trained numbers, on the
+built-in base or another model. Rewards on another model alternate, on both sides: with few right answers most groups are dead,
+and ours leaves those out of its update while TRL does not. The learning rate is 0, so every policy stays the base and the
+completions stay equally long on average (printed). TRL runs without gradient checkpointing and in one microbatch. Rounds in
+which other processes used over 4 % of the machine are dropped, and counted. The floor is the step's matrix FLOP (2P a token in
+the rollout with prompts once per group, 4P in the update with no group left out) at the rate of a 1024^3 product measured in
+the same run.
 """
 
 import argparse
@@ -23,12 +25,12 @@ from typing import Any
 import torch
 
 from bench.measure import Rounds, card, gemm_rate, print_json, quantiles
+from bench.memory import alternating
+from bench.models import CHOICES, model_directory
 from tinylora.cli import table
 from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
 from tinylora.rl.trainer import Trainer
 from tinylora.tasks.grading import grade
-
-PROMPTS, GENERATIONS, LENGTH = 16, 8, 40
 
 
 def peers(ours: Trainer, directory: Path, steps: int, on_round: Any) -> None:
@@ -38,6 +40,7 @@ def peers(ours: Trainer, directory: Path, steps: int, on_round: Any) -> None:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    c = ours.config
     tokenizer = PreTrainedTokenizerFast.from_pretrained(ours.model.path, padding_side="left")
     gpu = ours.model.device.type == "cuda"
     model = AutoModelForCausalLM.from_pretrained(ours.model.path, dtype=torch.float32)
@@ -45,12 +48,14 @@ def peers(ours: Trainer, directory: Path, steps: int, on_round: Any) -> None:
     model = get_peft_model(model, TinyLoraConfig(r=2, u=13, weight_tying=1.0, target_modules=targets))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == ours.policy.num_parameters, trained
-    rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in ours.train_rows[: PROMPTS * (steps + 1)]]
+    rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in ours.train_rows[: c.prompts_per_step * (steps + 1)]]
     lengths: list[float] = []
 
     def accuracy(completions: list[Any], completion_ids: list[Any], answer: list[str], **_: Any) -> list[float | None]:
         lengths.append(statistics.mean(map(len, completion_ids)))
-        texts = [c[0]["content"] for c in completions]
+        if c.own_reward:
+            return alternating(completions)
+        texts = [x[0]["content"] for x in completions]
         return [float(grade(text, gold, "hash").right["strict"]) for text, gold in zip(texts, answer, strict=True)]
 
     class Clock(TrainerCallback):  # type: ignore[misc]
@@ -68,9 +73,9 @@ def peers(ours: Trainer, directory: Path, steps: int, on_round: Any) -> None:
 
     arguments = GRPOConfig(
         output_dir=str(directory),
-        per_device_train_batch_size=PROMPTS * GENERATIONS,
-        num_generations=GENERATIONS,
-        max_completion_length=LENGTH,
+        per_device_train_batch_size=c.prompts_per_step * c.num_generations,
+        num_generations=c.num_generations,
+        max_completion_length=c.max_completion_length,
         learning_rate=0.0,
         max_steps=steps,
         beta=0.0,
@@ -97,11 +102,15 @@ def peers(ours: Trainer, directory: Path, steps: int, on_round: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="builtin", help=CHOICES)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--generations", type=int, default=8, help="of each prompt")
+    parser.add_argument("--longest", type=int, default=40, help="tokens a completion may get")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each contender; the first 2 are warm-up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", help="a file for the last line too")
-    options = parser.parse_args()
-    rounds, device = options.rounds, options.device
+    o = parser.parse_args()
+    rounds, device, count = o.rounds, o.device, o.prompts * o.generations
     warnings.filterwarnings("ignore")
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     with tempfile.TemporaryDirectory() as scratch:
@@ -109,7 +118,9 @@ def main() -> None:
         settings = (
             BUILTIN_PRESET | same | {"learning_rate": 0.0, "eval_size": 0, "output_dir": f"{scratch}/run", "max_steps": 10**6}
         )
-        settings |= {"device": device, "dtype": "float32"}
+        settings |= {"model": str(model_directory(o.model, Path(scratch), torch.float32)), "device": device, "dtype": "float32"}
+        settings |= {"prompts_per_step": o.prompts, "num_generations": o.generations, "max_completion_length": o.longest}
+        settings |= {"reward": None if o.model == "builtin" else "bench.memory:alternating"}
         ours = Trainer(TrainConfig(**settings))
         seconds: dict[str, list[float]] = {"step/ours": [], "step/trl": [], "rollout/ours": [], "rollout/generate": []}
         tokens: dict[str, list[float]] = {"ours": [], "trl": [], "generate": []}
@@ -120,16 +131,17 @@ def main() -> None:
             state["round"] += 1
             row = ours._train_step() if state["round"] % 2 else None  # in turns: what comes second finds warm caches
             prompts = [ours.text.prompt(r["prompt"]) for r in (ours.train_rows[i] for i in ours.prompt_order())]
-            padded = peer.tokenizer.pad({"input_ids": [p for p in prompts for _ in range(GENERATIONS)]}, return_tensors="pt")
+            padded = peer.tokenizer.pad({"input_ids": [p for p in prompts for _ in range(o.generations)]}, return_tensors="pt")
             began = time.perf_counter()
             with torch.no_grad():
                 padded = padded.to(peer.model.device)
-                out = peer.model.generate(**padded, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=LENGTH)
+                sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+                out = peer.model.generate(**padded, **sampling, max_new_tokens=o.longest)
             generate_seconds = time.perf_counter() - began
             row = row or ours._train_step()
             new = out[:, padded["input_ids"].shape[1] :]
-            ended = (new == peer.tokenizer.eos_token_id).int().cumsum(1)
-            generated = int(((ended - (new == peer.tokenizer.eos_token_id).int()) == 0).sum())
+            ends = torch.isin(new, torch.tensor(ours.text.eos_ids, device=new.device)).int()
+            generated = int(((ends.cumsum(1) - ends) == 0).sum())
             if not counted.keep():
                 return
             seconds["step/trl"].append(trl_seconds)
@@ -138,7 +150,7 @@ def main() -> None:
             seconds["rollout/generate"].append(generate_seconds)
             tokens["trl"].append(trl_length)
             tokens["ours"].append(row["completions/mean_length"])
-            tokens["generate"].append(generated / (PROMPTS * GENERATIONS))
+            tokens["generate"].append(generated / count)
             dead.append(row["frac_reward_zero_std"])
 
         peers(ours, Path(scratch) / "trl", rounds, on_round)
@@ -148,14 +160,14 @@ def main() -> None:
         c = ours.model.config
         parameters = sum(g.weight.numel() for layer in ours.model.layers for g in layer.groups) + ours.model.head.numel()
         prompt = statistics.mean(len(ours.text.prompt(r["prompt"])) for r in ours.train_rows[:512])
-        length, rows = statistics.mean(tokens["ours"]), PROMPTS * GENERATIONS
-        rollout_floor = 2 * parameters * (PROMPTS * prompt + rows * length) / rate
-        step_floor = rollout_floor + 4 * parameters * rows * (prompt + length) / rate
+        length = statistics.mean(tokens["ours"])
+        rollout_floor = 2 * parameters * (o.prompts * prompt + count * length) / rate
+        step_floor = rollout_floor + 4 * parameters * count * (prompt + length) / rate
 
     medians = {name: statistics.median(s) for name, s in seconds.items()}
     rate_of = {
-        "ours": rows * statistics.mean(tokens["ours"]) / medians["rollout/ours"],
-        "generate": rows * statistics.mean(tokens["generate"]) / medians["rollout/generate"],
+        "ours": count * statistics.mean(tokens["ours"]) / medians["rollout/ours"],
+        "generate": count * statistics.mean(tokens["generate"]) / medians["rollout/generate"],
     }
     lines = [
         ["rollout, ours", medians["rollout/ours"], tokens["ours"], rate_of["ours"], rollout_floor],
@@ -167,7 +179,9 @@ def main() -> None:
         [name, f"{s * 1e3:.0f}", f"{statistics.mean(n):.1f}", f"{r:,.0f}" if r else "", f"{s / floor:.1f}"]
         for name, s, n, r, floor in lines
     ]
-    print(table([f"{PROMPTS} x {GENERATIONS}, {c.num_layers} layers", "ms", "tokens each", "tokens/s", "x floor"], cells))
+    model = Path(o.model).name
+    title = f"{model}, {o.prompts} x {o.generations}, {c.num_layers} layers"
+    print(table([title, "ms", "tokens each", "tokens/s", "x floor"], cells))
     ratios = {
         "rollout": rate_of["ours"] / rate_of["generate"],
         "step": medians["step/trl"] / medians["step/ours"],
@@ -180,7 +194,8 @@ def main() -> None:
         {
             "bench": "step",
             **card(),
-            "device": device,
+            "model": model,
+            **{k: getattr(o, k) for k in ("prompts", "generations", "longest", "device")},
             "gemm_gflops": rate / 1e9,
             "seconds": {name: quantiles(s) for name, s in seconds.items()},
             "tokens_each": {name: statistics.mean(n) for name, n in tokens.items()},
@@ -190,7 +205,7 @@ def main() -> None:
             "rounds_kept": len(seconds["step/ours"]),
             "rounds_dropped": counted.dropped,
         },
-        options.json,
+        o.json,
     )
 
 

@@ -5,16 +5,21 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bench import attach, decode, layers, measure, ops, report, verdicts
 from bench.measure import Rounds, call_seconds, in_turns, peak_extra_bytes
+from bench.models import model_directory
 from bench.ops import MODELS, check_agreement, head_case, linear_case, norm_case, swiglu_case
 from tinylora.adapter.basis import truncated_svd
+from tinylora.tasks.bases import BUILTIN
 
 F32 = torch.float32
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -405,7 +410,35 @@ def test_layers_bench_steps_all_contenders_alike(capsys: pytest.CaptureFixture[s
     assert len(table) == 5 and all(line.startswith("|") for line in table) and "| attached | 2 | 1.50 |" in table[3]
 
 
+def test_layers_bench_of_a_directory_has_its_first_layers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A copy of the built-in base, as any Hugging Face directory: two of its layers, its own weights and vocabulary."""
+    path = shutil.copytree(BUILTIN, tmp_path / "copy")
+    whole, first = (layers.make_model(str(path), n) for n in (99, 2))
+    assert len(whole.model.layers) == whole.config.num_hidden_layers == 4 and len(first.model.layers) == 2
+    stored, mine = load_file(path / "model.safetensors"), first.state_dict()
+    assert all(torch.equal(mine[name], stored[name].float()) for name in stored if "layers.1." in name)
+    layers.main(["--model", str(path), "--layers", "2", "--tokens", "16", "--rounds", "3"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["model"], result["layers"], list(result["contenders"])) == ("copy", 2, ["bare", "attached", "PEFT"])
+
+
+def test_any_other_model_is_one_line_that_names_the_choices(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no model")
+    for name, says in ((tmp_path, "choose builtin, tiny, .* or a GGUF file$"), (tmp_path / "notes.txt", "no GGUF file")):
+        with pytest.raises(SystemExit, match=says) as found:
+            model_directory(str(name), tmp_path, F32)
+        assert "\n" not in str(found.value)
+
+
 # ---- generation and memory ----------------------------------------------------------------------------------------------
+
+
+def test_a_childs_peak_is_its_own() -> None:
+    """Its parent has held a gigabyte more than it ever does."""
+    assert len(b"1" * 10**9) == 10**9
+    command = [sys.executable, "-c", "from bench.memory import held, peak; print(peak('cpu'), held('cpu'))"]
+    highest, now = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert 0.9 * now <= highest < 1
 
 
 def test_rollout_counts_what_each_side_decodes(capsys, monkeypatch, tmp_path):
