@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_files import write_gguf
 from safetensors.torch import load_file
 
 from bench import attach, decode, layers, measure, ops, report, verdicts
@@ -19,6 +20,8 @@ from bench.measure import Rounds, call_seconds, in_turns, peak_extra_bytes
 from bench.models import model_directory
 from bench.ops import MODELS, check_agreement, head_case, linear_case, norm_case, swiglu_case
 from tinylora.adapter.basis import truncated_svd
+from tinylora.engine.text import Text
+from tinylora.model.loader import load_model
 from tinylora.tasks.bases import BUILTIN
 
 F32 = torch.float32
@@ -420,6 +423,18 @@ def test_layers_bench_of_a_directory_has_its_first_layers(capsys: pytest.Capture
     layers.main(["--model", str(path), "--layers", "2", "--tokens", "16", "--rounds", "3"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["model"], result["layers"], list(result["contenders"])) == ("copy", 2, ["bare", "attached", "PEFT"])
+
+
+def test_a_gguf_is_a_directory_for_both_sides(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    file = write_gguf(tmp_path / "m.gguf", "llama", "Q4_K", tied=True)
+    path = model_directory(str(file), tmp_path, F32)
+    theirs, ours = AutoModelForCausalLM.from_pretrained(path, dtype=F32).state_dict(), load_model(str(file), "cpu").tensors()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+    text, copied = Text(file), Text(path)
+    messages = [{"role": "user", "content": "It's 17 + 25"}]
+    assert text.prompt(messages) == copied.prompt(messages) and text.eos_ids == copied.eos_ids
 
 
 def test_any_other_model_is_one_line_that_names_the_choices(tmp_path: Path) -> None:

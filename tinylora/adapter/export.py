@@ -160,7 +160,7 @@ def _stored_name(module: str, shards: dict[str, str], checkpoint: Path) -> str:
 
 
 def load_base(model: str) -> tuple[Path, Base, Decoder | None]:
-    """Where a checkpoint lies, the base as an adapter sees it, and our decoder of it: None where transformers alone reads it."""
+    """Where a checkpoint lies, the base as an adapter sees it, and our decoder of it: None where only transformers reads it."""
     checkpoint = resolve_model(model)
     if checkpoint.is_file():  # a GGUF: in float32, where its weights are exact
         decoder = load_model(str(checkpoint), "cpu", "float32")
