@@ -6,8 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
+import pytest
+
+gguf: Any = pytest.importorskip("gguf", reason="the package gguf is not installed, as on a bare machine")
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 256, 512, 4, 2, 64, 2  # K-quants want multiples of 256
 SCALE = 0.06  # of the weights' spread: 1 / sqrt(HIDDEN), so that no layer is close to the identity

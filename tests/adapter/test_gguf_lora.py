@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_files import HEAD_DIM, write_gguf
+from gguf_files import HEAD_DIM, gguf, write_gguf
 
 from tinylora import TinyLoRAConfig, load_model
 from tinylora.adapter.export import corrections

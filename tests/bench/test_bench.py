@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_files import write_gguf
 from safetensors.torch import load_file
 
 from bench import attach, decode, layers, measure, ops, report, verdicts
@@ -426,6 +425,7 @@ def test_layers_bench_of_a_directory_has_its_first_layers(capsys: pytest.Capture
 
 
 def test_a_gguf_is_a_directory_for_both_sides(tmp_path: Path) -> None:
+    from gguf_files import write_gguf
     from transformers import AutoModelForCausalLM
 
     file = write_gguf(tmp_path / "m.gguf", "llama", "Q4_K", tied=True)

@@ -8,10 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
-from gguf_files import write_gguf
+from gguf_files import gguf, write_gguf
 
 from tinylora import InputError, evaluate, export, generate, load_adapter, load_model, train
 from tinylora.engine.text import Text

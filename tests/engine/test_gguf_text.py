@@ -5,13 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
-from gguf_files import TEMPLATE, add_tokenizer, recorded
+from gguf_files import TEMPLATE, add_tokenizer, gguf, recorded
 
 from tinylora import InputError
 from tinylora.engine.gguf_text import read_tokenizer
-from tinylora.engine.pretokenizers import PRETOKENIZERS
+from tinylora.engine.pretokenizers import PRETOKENIZERS, WHOLE_WORDS
 from tinylora.engine.text import Text
 
 ROOT = Path(__file__).parent.parent.parent
@@ -52,8 +51,8 @@ def test_ids_are_llama_cpps(name: str, tmp_path: Path) -> None:
 
 def test_texts_tell_the_families_apart() -> None:
     """Or the test above would pass with another family's expressions."""
-    families = {json.dumps(theirs(name)) for name in PRETOKENIZERS}
-    assert len(families) == len(set(PRETOKENIZERS.values())) == 14
+    alike = {json.dumps(theirs(name)): (patterns, name in WHOLE_WORDS) for name, patterns in PRETOKENIZERS.items()}
+    assert len(alike) == len({(patterns, name in WHOLE_WORDS) for name, patterns in PRETOKENIZERS.items()}) == 15
 
 
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem[:7]) for p in REAL] or [None])

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_files import HEAD_DIM, LAYERS, TYPES, blocks, hugging_face, part_path, transformers_model, write_gguf
+from gguf_files import HEAD_DIM, LAYERS, TYPES, blocks, gguf, hugging_face, part_path, transformers_model, write_gguf
 
 from tinylora import InputError, load_model
 from tinylora.model import gguf as ours
