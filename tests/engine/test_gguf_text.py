@@ -127,7 +127,7 @@ def test_what_cannot_be_honoured(name: str, tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=message) as error:
         read_tokenizer(write(tmp_path / "m.gguf", "qwen2", change))
-    assert "m.gguf" in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).count("m.gguf") == 1 and "\n" not in str(error.value)
 
 
 def test_a_token_that_only_llama_cpp_could_merge(tmp_path: Path) -> None:
@@ -137,6 +137,28 @@ def test_a_token_that_only_llama_cpp_could_merge(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="has '\u4e01\u4e02' and not both its characters"):
         read_tokenizer(write(tmp_path / "m.gguf", "spm-True", change))
+
+
+def test_templates_that_fail(tmp_path: Path) -> None:
+    """In one line, when they are used; a template that is no text at once."""
+    for i, template in enumerate(("{% for m in messages %}", "{{ raise_exception('no\nsuch role') }}", "{{ messages.x.y }}")):
+
+        def change(writer: Any, template: str = template) -> None:
+            writer.kv_data[0].pop("tokenizer.chat_template")
+            writer.add_chat_template(template)
+
+        text = Text(write(tmp_path / f"{i}.gguf", "qwen2", change))
+        for use in (text.prompt, text.render):
+            with pytest.raises(InputError, match="its chat template fails: ") as error:
+                use([{"role": "user", "content": "hi"}])
+            assert f"{i}.gguf" in str(error.value) and "\n" not in str(error.value)
+
+    def number(writer: Any) -> None:
+        writer.kv_data[0].pop("tokenizer.chat_template")
+        writer.add_uint32("tokenizer.chat_template", 3)
+
+    with pytest.raises(InputError, match="chat_template is no text"):
+        Text(write(tmp_path / "n.gguf", "qwen2", number))
 
 
 def test_no_template(tmp_path: Path) -> None:

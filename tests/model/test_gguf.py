@@ -188,7 +188,7 @@ def overwrite(writer: Any, key: str, value: Any) -> None:
     """Another value for metadata that are there already, of the same type."""
     old = writer.kv_data[0].pop(f"{writer.arch}.{key}", None)
     if old is None:
-        writer.add_uint32(f"{writer.arch}.{key}", value)
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{writer.arch}.{key}", value)
     else:
         writer.add_key_value(f"{writer.arch}.{key}", value, old.type)
 
@@ -203,6 +203,7 @@ LIES = {
     "context_length": (0, "context_length is 0; it must be a positive number"),
     "rope.freq_base": (float("nan"), "rope.freq_base is nan"),
     "attention.layer_norm_rms_epsilon": (-1.0, "rms_epsilon is -1.0"),
+    "rope.scaling.factor": (0.0, "rope.scaling.factor is 0.0; it must be a positive number"),
     "expert_count": (8, "expert_count is 8, which this decoder does not have"),
     "attention.key_length": (63, "head_dim is 63; it must be even"),
 }
@@ -328,6 +329,23 @@ def test_split_files(tmp_path: Path) -> None:
     renamed = first.rename(tmp_path / "model.gguf")
     with pytest.raises(InputError, match="name them NAME-00001-of-00003.gguf"):
         load_model(str(renamed), "cpu")
+
+
+def test_a_file_that_was_split_and_merged(tmp_path: Path) -> None:
+    """llama-gguf-split leaves split.count 0 in it."""
+
+    def change(writer: Any) -> None:
+        writer.add_uint16("split.count", 0)
+
+    assert load_config(write_gguf(tmp_path / "m.gguf", change=change)).family == "qwen2"
+    for count in (-1, "two", [2]):
+
+        def lie(writer: Any, count: Any = count) -> None:
+            kind = {int: writer.add_int32, str: writer.add_string, list: writer.add_array}[type(count)]
+            kind("split.count", count)
+
+        with pytest.raises(InputError, match="split.count is"):
+            load_config(write_gguf(tmp_path / "m.gguf", change=lie))
 
 
 def test_files_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

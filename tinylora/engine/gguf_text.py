@@ -34,7 +34,7 @@ class _Tokens:
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         self.path, self.metadata = path, metadata
         self.kind = self.get("model", str)
-        self.tokens = self.strings("tokens")
+        self.tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(self.strings("tokens"))]  # llama.cpp's name for ""
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         if len(self.ids) < len(self.tokens):
             raise self.refuse("tokens has a token twice")
@@ -64,17 +64,22 @@ class _Tokens:
         return value if type(value) is int and 0 <= value < len(self.tokens) else None
 
     def built(self) -> tuple[Any, tuple[int, ...]]:
-        from tokenizers import AddedToken  # with transformers: takes seconds to import
-        from tokenizers.processors import TemplateProcessing
-        from transformers import PreTrainedTokenizerFast
-
         build = {"gpt2": self.byte_level, "llama": self.sentence_piece}.get(self.kind)
         if build is None:
             raise self.refuse(f"model is {self.kind!r} (supported: gpt2, llama)")
         try:
-            tokenizer = build()
+            return self.finished(build())
+        except InputError:
+            raise
         except Exception as error:  # of tokenizers' own: a bare Exception
             raise self.refuse(f"tokens and merges make no tokenizer: {error}") from None
+
+    def finished(self, tokenizer: Any) -> tuple[Any, tuple[int, ...]]:
+        """With what is not cut and merged: special tokens, the begin token, the template; and the ids that end a text."""
+        from tokenizers import AddedToken  # with transformers: takes seconds to import
+        from tokenizers.processors import TemplateProcessing
+        from transformers import PreTrainedTokenizerFast
+
         named = {self.id(key) for key in ("eos", "eot", "eom")} | {self.ids.get(token) for token in ENDS}
         ends = {i for i in named if i is not None}
         special = {i for i, type_ in enumerate(self.types) if type_ in (CONTROL, UNKNOWN)} | ends
@@ -82,6 +87,8 @@ class _Tokens:
         tokenizer.add_tokens([AddedToken(self.tokens[i], special=i in special, normalized=False) for i in sorted(added)])
         begin = self.id("bos")
         template = self.metadata.get("tokenizer.chat_template")
+        if not isinstance(template, str | None):
+            raise InputError(f"--model {self.path}: tokenizer.chat_template is no text")
         if begin is not None and self.get("add_bos_token", bool, self.kind == "llama" or self.pre in BEGINS):
             token = self.tokens[begin]
             tokenizer.post_processor = TemplateProcessing(single=f"{token}:0 $A:0", special_tokens=[(token, begin)])

@@ -13,6 +13,7 @@ class Text:
     """The tokenizer of a model directory or a GGUF file."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.tokenizer: Any
         self.eos_ids: tuple[int, ...]
         self.tokenizer, self.eos_ids = read_tokenizer(path) if path.is_file() else _of_directory(path)
@@ -20,13 +21,18 @@ class Text:
             raise InputError(f"{path} has no chat template; use the model's Instruct version")
 
     def prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of the conversation with the assistant's turn opened."""
-        ids: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        return list(ids)
+        """Token ids of the conversation with the assistant's turn opened. InputError where the template fails."""
+        return list(self._applied(messages, return_dict=False))
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """The same as text, special tokens included."""
-        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return str(self._applied(messages, tokenize=False))
+
+    def _applied(self, messages: list[dict[str, str]], **options: bool) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+        except Exception as error:  # a template is a program, and raises what it likes
+            raise InputError(f"{self.path}: its chat template fails: {' '.join(str(error).split())}") from None
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))

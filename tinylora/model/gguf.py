@@ -65,7 +65,7 @@ def _config_of(file: GGUF) -> ModelConfig:
             raise InputError(f"{where}: {family}.{key} is {get(key)!r}, which this decoder does not have")
     tokens, embedding = metadata.get("tokenizer.ggml.tokens"), file.tensors.get("token_embd.weight")
     vocabulary = len(tokens) if isinstance(tokens, list) else embedding and embedding.shape[0]
-    factor = get("rope.scaling.factor", get("rope.scale_linear", 0)) or 1
+    factor = number("rope.scaling.factor", number("rope.scale_linear", 1.0))
     kind = get("rope.scaling.type", "linear")
     plain_rope = kind == "none" or (kind == "linear" and factor == 1)
     rope = {"rope_type": "default"} if plain_rope else {"rope_type": kind, "factor": factor}

@@ -24,6 +24,7 @@ PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 LONGEST_NAME, MOST_DIMENSIONS = 64, 4  # of a tensor, in ggml
+LONGEST_ARRAY = 1 << 24  # of metadata: a hundred times the largest vocabulary's
 
 
 class Place(NamedTuple):
@@ -53,8 +54,10 @@ class GGUF:
         """InputError for what is no GGUF, is cut short, contradicts itself, or lacks one of its parts."""
         self.path = path
         self.metadata, self.tensors = _read(path)
-        count = self.metadata.get("split.count", 1)
-        if count != 1:
+        count = self.metadata.get("split.count", 0)  # 0 where parts were merged again
+        if type(count) is not int or count < 0:
+            raise InputError(f"--model {path}: split.count is {count!r}; it must be a number of parts")
+        if count > 1:
             self._join(count)
 
     def _join(self, count: int) -> None:
@@ -129,8 +132,8 @@ class _Reader:
         element, count = self.take("IQ") if type_ == ARRAY else (type_, 0)
         if element != STRING and element not in NUMBERS:  # nor an array of arrays, which llama.cpp does not read
             raise self.refuse(f"damaged: a metadata value of type {element} at byte {self.at:,}")
-        if count > self.size - self.at:  # an element takes a byte or more
-            raise self.short()
+        if count > LONGEST_ARRAY:
+            raise self.refuse(f"damaged: an array of {count:,} values at byte {self.at:,}")
         if element == STRING:
             return [self.string() for _ in range(count)]
         return list(self.take(f"{count}{NUMBERS[element]}"))
