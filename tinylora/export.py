@@ -74,6 +74,7 @@ def export(c: ExportConfig) -> dict[str, Any]:
                 "PEFT has no ratio for this tying: every module got a copy of its v. The same function, more numbers to train."
             )
     else:
+        output.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=output.parent) as scratch:
             if decoder is not None and checkpoint.is_file():  # a GGUF, which is first written as a directory
                 write_directory(decoder, Path(scratch))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from gguf_files import gguf, write_gguf
 
-from tinylora import InputError, evaluate, export, generate, load_adapter, load_model, train
+from tinylora import Adapter, InputError, TinyLoRAConfig, evaluate, export, generate, load_adapter, load_model, train
 from tinylora.engine.text import Text
 
 ROOT = Path(__file__).parent.parent.parent
@@ -172,8 +172,34 @@ def test_another_quantisation_is_another_base(tmp_path: Path) -> None:
     for module, (A, B) in trained.parts.factors.items():  # turned as those that were trained
         signs = (A * forced.parts.factors[module][0]).sum(1)
         assert (signs > 0.5).all() and torch.equal(signs.sign(), (B * forced.parts.factors[module][1]).sum(0).sign()), module
-    with pytest.raises(InputError, match=r"Give the base it was trained on\.$"):  # of other modules even by force
+    with pytest.raises(InputError, match="not even --force-base fits it here"):  # of other modules even by force
         load_adapter(tmp_path / "run", load_model(str(write_gguf(tmp_path / "n.gguf", layers=3)), "cpu"), force_base=True)
+
+
+@pytest.mark.parametrize("trained", ["float32", "bfloat16"])
+def test_an_adapter_is_read_in_every_precision(trained: str, tmp_path: Path) -> None:
+    """A GPU trains in bfloat16 what a CPU exports and evaluates in float32: the factors are of the same rounded weights."""
+    path = str(write_gguf(tmp_path / "m.gguf", "llama", "Q4_K"))
+    adapter = Adapter(load_model(path, "cpu", trained), TinyLoRAConfig(u=3, n_tie="all"))
+    adapter.save(tmp_path / "adapter")
+    for dtype in ("float32", "bfloat16", "float16"):
+        again = load_adapter(tmp_path / "adapter", load_model(path, "cpu", dtype))
+        for module, (A, B) in adapter.parts.factors.items():
+            for mine, other in zip((A, B), again.parts.factors[module], strict=True):
+                assert (mine - other).norm() < (1e-2 if dtype == "float16" else 1e-5) * mine.norm(), (dtype, module)
+
+
+def test_a_lora_file_is_neither_a_model_nor_an_adapter(tmp_path: Path) -> None:
+    base = write_gguf(tmp_path / "m.gguf", "llama")
+    model = load_model(str(base), "cpu")
+    adapter = Adapter(model, TinyLoRAConfig(u=3, n_tie="all"))
+    adapter.save(tmp_path / "adapter")
+    arguments = ["--model", str(base), "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "new" / "l.gguf")]
+    export.main([*arguments, "--to", "gguf-lora"])
+    with pytest.raises(InputError, match="l.gguf: an adapter, and no model"):
+        load_model(str(tmp_path / "new" / "l.gguf"), "cpu")
+    with pytest.raises(InputError, match="l.gguf: a LoRA for llama.cpp"):
+        load_adapter(tmp_path / "new" / "l.gguf", model)
 
 
 def test_the_baselines_train_on_a_gguf(tmp_path: Path) -> None:

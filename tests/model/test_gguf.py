@@ -198,6 +198,7 @@ LIES = {
     "feed_forward_length": (768, "blk.0.ffn_gate.weight has shape"),
     "attention.head_count": (8, "rope.dimension_count is 64; by its other metadata it is 32"),
     "attention.head_count_kv": (4, "blk.0.attn_k.weight has shape"),
+    "feed_forward_length ": (2**31 - 1, "blk.0.ffn_gate.weight has shape"),  # nothing is allocated for it
     "block_count": (LAYERS + 1, "it has no tensor blk.2."),
     "vocab_size": (7, "vocab_size is 7; by its other metadata it is"),
     "context_length": (0, "context_length is 0; it must be a positive number"),
@@ -212,7 +213,7 @@ LIES = {
 @pytest.mark.parametrize("key", LIES)
 def test_metadata_that_lie(key: str, tmp_path: Path) -> None:
     value, message = LIES[key]
-    path = write_gguf(tmp_path / "m.gguf", change=lambda w: overwrite(w, key, value))
+    path = write_gguf(tmp_path / "m.gguf", change=lambda w: overwrite(w, key.strip(), value))
     with pytest.raises(InputError, match=message) as error:
         load_model(str(path), "cpu")
     assert str(path) in str(error.value) and "\n" not in str(error.value)
@@ -242,6 +243,27 @@ def test_other_ropes(type_: str, tmp_path: Path) -> None:
     kind = gguf.RopeScalingType(type_)
     path = write_gguf(tmp_path / "m.gguf", change=lambda w: w.add_rope_scaling_type(kind))
     with pytest.raises(InputError, match=f"rope scaling '{type_}'"):
+        load_model(str(path), "cpu")
+
+
+def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf")
+    place = GGUF(path).tensors["blk.1.ffn_down.weight"]
+    raw = bytearray(path.read_bytes())
+    raw[place.offset + place.size - 34 : place.offset + place.size - 32] = b"\xff\xff"  # the scale of its last block
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match="blk.1.ffn_down.weight has numbers that are not finite"):
+        load_model(str(path), "cpu")
+
+
+def test_an_array_without_end(tmp_path: Path) -> None:
+    """A damaged count is refused before a list of it is made."""
+    path = write_gguf(tmp_path / "m.gguf", change=lambda w: w.add_array("general.numbers", [1, 2, 3]))
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"general.numbers") + len("general.numbers") + 8
+    raw[at : at + 8] = struct.pack("<Q", 1 << 30)
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match="damaged: an array of 1,073,741,824 values"):
         load_model(str(path), "cpu")
 
 
@@ -377,7 +399,7 @@ def test_a_directory_of_gguf_files_and_files_that_are_none(tmp_path: Path) -> No
     assert load_model(str(blob), "cpu").config.family == "qwen2"
     for content in (b"", b"GG", b"hello, world", json.dumps({"model_type": "qwen2"}).encode()):
         blob.write_bytes(content)
-        with pytest.raises(InputError, match="no GGUF file|cut short|cannot be read"):
+        with pytest.raises(InputError, match="this is no GGUF file"):
             load_model(str(blob), "cpu")
 
 

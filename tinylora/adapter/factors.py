@@ -2,6 +2,7 @@
 
 import warnings
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -13,10 +14,13 @@ from tinylora.files import cache_dir, write_safetensors
 _CACHE_VERSION = 1
 
 
-def compute_basis(weights: dict[str, Tensor], r: int, key: str, basis: str = "top") -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of each named weight, from the cache file `key` if it is whole, else computed and cached.
+def compute_basis(
+    weights: dict[str, Tensor], r: int, key: str, basis: str = "top", rounded: torch.dtype | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of each named weight, `rounded` first where that is given: from the cache file `key` if it is whole, else
+    computed and cached.
 
-    `key` must name the weights' content. A cache that cannot be read or written costs time, never the run.
+    `key` must name the weights' content and dtype. A cache that cannot be read or written costs time, never the run.
     """
     kind = "" if basis == "top" else f"-{basis}"
     path = cache_dir() / f"basis-{key}-r{r}{kind}-v{_CACHE_VERSION}.safetensors"
@@ -29,10 +33,10 @@ def compute_basis(weights: dict[str, Tensor], r: int, key: str, basis: str = "to
     except (OSError, SafetensorError, KeyError) as error:
         warnings.warn(f"ignoring the unreadable factor cache {path}: {error}", stacklevel=2)
     names = tqdm(weights, desc="factors", unit="weight", leave=False, delay=2)
-    factors = {
-        name: truncated_svd(weights[name], r) if basis == "top" else control_basis(weights[name], r, basis, name)
-        for name in names
-    }
+    factors = {}
+    for name in names:
+        weight = weights[name] if rounded is None else weights[name].to(rounded)
+        factors[name] = truncated_svd(weight, r) if basis == "top" else control_basis(weight, r, basis, name)
     tensors = {f"{name}.{side}": f for name, pair in factors.items() for side, f in zip("AB", pair, strict=True)}
     try:
         write_safetensors(path, {name: t.cpu() for name, t in tensors.items()})

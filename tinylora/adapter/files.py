@@ -85,6 +85,8 @@ def read_adapter(path: Path, base: Base, force_base: bool = False) -> tuple[Tiny
     """A saved adapter of any format, checked against a base. force_base: another base of the same modules is a warning, as
     another quantisation is one; the adapter is then that base's own, with its factors turned as those it was trained with."""
     described: Any
+    if path.suffix == ".gguf":
+        raise InputError(f"--adapter {path}: a LoRA for llama.cpp, which cannot come back; give the run it was exported from")
     try:
         pickles = [p.name for p in path.glob("adapter_model*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
         if pickles:
@@ -129,7 +131,7 @@ def _read_own(
     if forced:
         said, same_modules = _other_base(described, config, base)
         if not force_base or not same_modules:
-            way = ", or --force-base to use this one all the same" if same_modules else ""
+            way = ", or --force-base to use this one all the same" if same_modules else ": not even --force-base fits it here"
             raise InputError(f"--adapter {path} was trained on {said} Give the base it was trained on{way}.")
     parts = draw_parts(config, base)
     if described["projection_hash"] != parts.projection_hash:
@@ -138,7 +140,7 @@ def _read_own(
     if wanted - tensors.keys():
         raise InputError(f"--adapter {path}: adapter_model.safetensors lacks v or its sketches")
     if forced:
-        warnings.warn(f"--adapter {path} was trained on {said} {_turn(parts, tensors)}", stacklevel=2)
+        warnings.warn(f"--adapter {path} was trained on {said} {_turn(parts, tensors)}", stacklevel=4)
     for side, mine in zip("AB", _sketches(parts.factors), strict=True):
         theirs = tensors.get(f"sketch.{side}", mine)
         # not <=, rather than >, so that NaN fails it

@@ -17,7 +17,7 @@ from tinylora import prng
 from tinylora.adapter.config import DTYPES, TinyLoRAConfig
 from tinylora.adapter.factors import compute_basis
 from tinylora.errors import InputError
-from tinylora.hashes import base_hash, content_hash, joint_hash
+from tinylora.hashes import base_hash, content_hash, joint_hash, quantisation
 from tinylora.model.config import PROJECTIONS, module_name
 
 
@@ -82,9 +82,11 @@ def draw_parts(config: TinyLoRAConfig, base: Base) -> Parts:
     smallest = min(min(w.shape) for w in weights.values())
     if config.r > smallest:
         raise InputError(f"--r {config.r}: the smallest adapted weight has only {smallest} rows or columns")
-    first = next(iter(weights.values()))
-    key = joint_hash(*(base.digests.get(f"{name}.weight", "") for name in weights), str(first.dtype))
-    factors = compute_basis(weights, config.r, key, config.basis)
+    # A GGUF is read in whatever precision a device wants, and its adapters are to be read in any: their factors are of one.
+    rounded = torch.bfloat16 if quantisation(base.digests.values()) else None
+    dtype = rounded or next(iter(weights.values())).dtype
+    key = joint_hash(*(base.digests.get(f"{name}.weight", "") for name in weights), str(dtype))
+    factors = compute_basis(weights, config.r, key, config.basis, rounded)
     return Parts(config.tie(list(weights)), {name: projection_of(config, name) for name in weights}, factors)
 
 

@@ -108,7 +108,7 @@ class _Tokens:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
         if self.pre not in PRETOKENIZERS:
-            raise self.refuse(f"pre is {self.pre!r}, which is not known here (known: {', '.join(sorted(PRETOKENIZERS))})")
+            raise self.refuse(f"pre is {self.pre!r}, which is not known here; another's would give other ids")
         merges = [self._pair(merge) for merge in self.strings("merges")]
         tokenizer = Tokenizer(models.BPE(self.ids, merges, ignore_merges=self.pre in WHOLE_WORDS))
         cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRETOKENIZERS[self.pre]]

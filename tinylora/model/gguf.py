@@ -26,7 +26,6 @@ _PROJECTIONS = dict(
     zip(PROJECTIONS, ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"), strict=True)
 )
 PAIRED = ("q_proj", "k_proj")  # whose rows are in pairs
-_ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _ROPE_DIVISORS = "rope_freqs.weight"
 # Numbers of llama.cpp's forward that this decoder does not have, and what each is where it changes nothing.
 _PLAIN = {
@@ -48,6 +47,8 @@ def read_head(path: Path) -> tuple[GGUF, ModelConfig]:
 def _config_of(file: GGUF) -> ModelConfig:
     where, metadata = f"--model {file.path}", file.metadata
     family = metadata.get("general.architecture", "unnamed")
+    if metadata.get("general.type") == "adapter":
+        raise InputError(f"{where}: an adapter, and no model; llama.cpp takes it as --lora")
     if family not in FAMILIES:
         raise InputError(f"{where}: its architecture is {family!r} (supported: {', '.join(FAMILIES)})")
 
@@ -98,18 +99,21 @@ def _config_of(file: GGUF) -> ModelConfig:
         qkv, o = (any(f"blk.0.{_PROJECTIONS[p]}.bias" in file.tensors for p in ps) for ps in (PROJECTIONS[:3], ["o_proj"]))
         config = dataclasses.replace(config, qkv_bias=qkv, o_bias=o)
     divided = family == "llama" and _ROPE_DIVISORS in file.tensors
-    names = {*_names(config).values(), *([_ROPE_DIVISORS] if divided else [])}
-    for name in sorted(names - file.tensors.keys()):
+    wanted_shapes = dict(_tensors(config).values()) | ({_ROPE_DIVISORS: (config.head_dim // 2,)} if divided else {})
+    for name in sorted(wanted_shapes.keys() - file.tensors.keys()):
         raise InputError(f"{where}: it has no tensor {name}")
-    for name in sorted(file.tensors.keys() - names):
-        raise InputError(f"{where}: its tensor {name} is none that this decoder reads")
+    for name, place in file.tensors.items():
+        if name not in wanted_shapes:
+            raise InputError(f"{where}: its tensor {name} is none that this decoder reads")
+        if place.shape != wanted_shapes[name]:
+            raise InputError(f"{where}: {name} has shape {place.shape}, its metadata say {wanted_shapes[name]}")
     if divided:
         if config.rope["rope_type"] != "default":
             raise InputError(
                 f"{where}: it has {_ROPE_DIVISORS} and {family}.rope.scaling.type {kind!r}; one of the two is read"
             )
         place = file.tensors[_ROPE_DIVISORS]
-        [(raw, _)] = _pieces(place, (config.head_dim // 2,), 1)
+        [(raw, _)] = _pieces(place, 1)
         divisors = _dequantised(raw, place).flatten().tolist()
         if not all(0 < d < math.inf for d in divisors):
             raise InputError(f"{where}: {_ROPE_DIVISORS} has numbers that are no divisors of a frequency")
@@ -133,18 +137,27 @@ def in_pairs(x: Tensor, head_dim: int) -> Tensor:
     return x.view(-1, 2, head_dim // 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
 
 
-def _names(c: ModelConfig) -> dict[str, str]:
-    """The file's name of every tensor of a decoder, by Hugging Face's."""
-    found = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in _ENDS.items() if ours != "lm_head" or not c.tied_head}
+def _tensors(c: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The file's name and the shape of every tensor of a decoder, by Hugging Face's name."""
+    table, width = (c.vocab_size, c.hidden_size), (c.hidden_size,)
+    found: dict[str, tuple[str, tuple[int, ...]]] = {
+        "model.embed_tokens.weight": ("token_embd.weight", table),
+        "model.norm.weight": ("output_norm.weight", width),
+    }
+    if not c.tied_head:
+        found["lm_head.weight"] = ("output.weight", table)
     for i in range(c.num_layers):
-        norms = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+        norms: dict[str, tuple[str, tuple[int, ...]]]
+        norms = {"input_layernorm": ("attn_norm", width), "post_attention_layernorm": ("ffn_norm", width)}
         if c.qk_norm:
-            norms |= {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
-        found |= {f"model.layers.{i}.{ours}.weight": f"blk.{i}.{theirs}.weight" for ours, theirs in norms.items()}
-        for ours in PROJECTIONS:
-            biased = c.o_bias if ours == "o_proj" else c.qkv_bias and ours in PROJECTIONS[:3]
-            for side in ("weight", "bias") if biased else ("weight",):
-                found[f"{module_name(i, ours)}.{side}"] = f"{file_name(module_name(i, ours))}.{side}"
+            norms |= {f"self_attn.{x}_norm": (f"attn_{x}_norm", (c.head_dim,)) for x in "qk"}
+        for ours, (theirs, shape) in norms.items():
+            found[f"model.layers.{i}.{ours}.weight"] = (f"blk.{i}.{theirs}.weight", shape)
+        for projection in PROJECTIONS:
+            module, both = module_name(i, projection), c.shape(projection)
+            found[f"{module}.weight"] = (f"{file_name(module)}.weight", both)
+            if c.o_bias if projection == "o_proj" else c.qkv_bias and projection in PROJECTIONS[:3]:
+                found[f"{module}.bias"] = (f"{file_name(module)}.bias", both[:1])
     return found
 
 
@@ -153,7 +166,7 @@ class Checkpoint:
 
     def __init__(self, file: GGUF, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.file, self.config, self.device, self.dtype = file, config, device, dtype
-        self.names = _names(config)
+        self.names = {ours: theirs for ours, (theirs, _) in _tensors(config).items()}
         own = (f"{config.family}.", "tokenizer.ggml.")  # what enters the function and the ids; names and licences do not
         self.digests = {METADATA: digest({k: v for k, v in file.metadata.items() if k.startswith(own)})}
 
@@ -163,34 +176,33 @@ class Checkpoint:
         pairs = c.family == "llama" and name.rpartition(".")[0].endswith(PAIRED)
         whole = torch.empty(shape, dtype=self.dtype, device=self.device) if out is None else out
         place, h = self.file.tensors[self.names[name]], xxhash.xxh3_128()
-        for raw, rows in _pieces(place, shape, c.head_dim if pairs else 1):
+        for raw, rows in _pieces(place, c.head_dim if pairs else 1):
             h.update(raw.data)
             piece = _dequantised(raw, place).view(-1, *shape[1:])
+            if not piece.isfinite().all():
+                raise InputError(f"--model {place.file}: {place.name} has numbers that are not finite; download it again")
             whole[rows] = from_pairs(piece, c.head_dim) if pairs else piece
         self.digests[name] = f"{place.type}:{h.hexdigest()}"
         return whole
 
 
-def _pieces(place: Place, shape: tuple[int, ...], multiple: int) -> Iterator[tuple[np.ndarray, slice]]:
-    """The bytes of a tensor, (rows, bytes), CHUNK numbers or so at a time and a multiple of rows; and which rows they are.
-
-    InputError where the tensor has not this shape: (rows, columns), or (columns,) in one piece.
-    """
-    if place.shape != shape:
-        raise InputError(f"--model {place.file}: {place.name} has shape {place.shape}, its metadata say {shape}")
-    step = -(-CHUNK // shape[-1] // multiple) * multiple
+def _pieces(place: Place, multiple: int) -> Iterator[tuple[np.ndarray, slice]]:
+    """The bytes of a tensor, (rows, bytes), CHUNK numbers or so at a time and a multiple of rows; and which rows they are: all
+    of a vector."""
+    step = -(-CHUNK // place.shape[-1] // multiple) * multiple
     with open(place.file, "rb") as file:
         file.seek(place.offset)
         for start in range(0, place.rows, step):
             rows = min(step, place.rows - start)
             raw = np.fromfile(file, np.uint8, rows * place.row_bytes)
-            yield raw.reshape(rows, -1), slice(start, start + rows) if len(shape) > 1 else slice(None)
+            yield raw.reshape(rows, -1), slice(start, start + rows) if len(place.shape) > 1 else slice(None)
 
 
 def _dequantised(raw: np.ndarray, place: Place) -> Tensor:
     """float32 (rows, columns) of a tensor's bytes (rows, bytes)."""
     package = gguf_package()
     try:
-        return torch.from_numpy(package.dequantize(raw, package.GGMLQuantizationType[place.type]))
+        with np.errstate(all="ignore"):  # what is not finite is an error of its own
+            return torch.from_numpy(package.dequantize(raw, package.GGMLQuantizationType[place.type]))
     except NotImplementedError:
         raise InputError(f"--model {place.file}: {place.name} is {place.type}, which gguf cannot dequantise") from None

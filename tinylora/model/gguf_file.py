@@ -85,7 +85,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Place]]:
     try:
         with open(path, "rb") as file:
             if file.read(4) != MAGIC:
-                raise InputError(f"--model {path}: no GGUF file, and no directory")
+                raise InputError(f"--model {path}: this is no GGUF file, and no directory of safetensors")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Reader(path, data).file()
     except OSError as error:
@@ -142,7 +142,8 @@ class _Reader:
         """The whole head."""
         (version,) = self.take("I")
         if version not in (2, 3):
-            raise self.refuse(f"GGUF of version {version}; 2 and 3 (little-endian) are read")
+            kind = "big-endian" if version & 0xFFFF == 0 else f"of version {version}"
+            raise self.refuse(f"this GGUF is {kind}; versions 2 and 3 are read, little-endian")
         tensors, entries = self.take("QQ")
         metadata: dict[str, Any] = {}
         for _ in range(entries):

@@ -28,6 +28,8 @@ def resolve_model(path_or_id: str, weights: bool = True) -> Path:
     """
     if path_or_id in BUILTIN_MODELS:
         return BUILTIN_MODELS[path_or_id]
+    if not path_or_id:
+        raise InputError("--model is empty")
     path = Path(path_or_id).expanduser()
     if path.is_dir() or path.is_file():
         return path
@@ -35,8 +37,9 @@ def resolve_model(path_or_id: str, weights: bool = True) -> Path:
     slashes = path_or_id.count("/")
     if path.exists() or path_or_id.startswith((".", "/", "~")) or (slashes < 2 if file else slashes != 1):
         wanted = "file, and not one of the hub like Qwen/Qwen3-0.6B-GGUF/Qwen3-0.6B-Q8_0.gguf"
-        wanted = wanted if file else "directory, and not a hub id like Qwen/Qwen2.5-0.5B-Instruct"
-        raise InputError(f"--model {path_or_id}: no such {wanted}")
+        wanted = wanted if file else "directory or file, and not a hub id like Qwen/Qwen2.5-0.5B-Instruct"
+        ollama = "; of an Ollama model name the file: ollama show --modelfile NAME" if ":" in path_or_id else ""
+        raise InputError(f"--model {path_or_id}: no such {wanted}{ollama}")
     from huggingface_hub import snapshot_download  # slow to import, and only hub ids need it
 
     owner, name, *inside = path_or_id.split("/")
@@ -46,7 +49,7 @@ def resolve_model(path_or_id: str, weights: bool = True) -> Path:
     try:
         found = Path(snapshot_download(f"{owner}/{name}", allow_patterns=patterns)).joinpath(*inside)
     except Exception as error:  # the hub client raises a dozen unrelated types
-        raise InputError(f"--model {path_or_id}: no such directory, and the hub did not give it: {error}") from None
+        raise InputError(f"--model {path_or_id}: no such directory or file, and the hub did not give it: {error}") from None
     if not found.exists():
         raise InputError(f"--model {path_or_id}: {owner}/{name} has no such file")
     return found
