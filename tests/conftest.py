@@ -25,6 +25,7 @@ LONGEST = (
     "test_interpreted",
     "test_report",
     "test_csrc",
+    "test_gguf_journey",
     "test_methods",
     "test_population",
     "test_aot",
