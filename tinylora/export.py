@@ -1,6 +1,7 @@
 """python -m tinylora.export: an adapter leaves, for PEFT, for engines that read LoRA, as a merged checkpoint, as one file."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,11 +76,10 @@ def export(c: ExportConfig) -> dict[str, Any]:
             )
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=output.parent) as scratch:
+        with TemporaryDirectory(dir=output.parent) if checkpoint.is_file() else nullcontext(str(checkpoint)) as source:
             if decoder is not None and checkpoint.is_file():  # a GGUF, which is first written as a directory
-                write_directory(decoder, Path(scratch))
-            source = Path(scratch) if checkpoint.is_file() else checkpoint
-            kept = write_merged(output, source, corrections(config, parts, v), base, c.dtype)
+                write_directory(decoder, Path(source))
+            kept = write_merged(output, Path(source), corrections(config, parts, v), base, c.dtype)
         rows = [[name, f"{k.share:.1%}", f"{k.relative:.2e}"] for name, k in kept.items() if name != "all"]
         rows.append(["all", f"{kept['all'].share:.1%}", f"{kept['all'].relative:.2e}"])
         print(table(["layer", "correction kept", "|correction| / |W|"], rows))

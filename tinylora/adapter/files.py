@@ -139,14 +139,16 @@ def _read_own(
     wanted = {"v"} if path.is_file() else {"v", "sketch.A", "sketch.B"}
     if wanted - tensors.keys():
         raise InputError(f"--adapter {path}: adapter_model.safetensors lacks v or its sketches")
-    if forced:
-        warnings.warn(f"--adapter {path} was trained on {said} {_turn(parts, tensors)}", stacklevel=4)
     for side, mine in zip("AB", _sketches(parts.factors), strict=True):
         theirs = tensors.get(f"sketch.{side}", mine)
         # not <=, rather than >, so that NaN fails it
-        alike = theirs.shape == mine.shape and ((theirs - mine).norm(dim=2) <= SKETCH_TOLERANCE * mine.norm(dim=2)).all()
-        if not forced and not alike:
+        alike = theirs.shape == mine.shape and (
+            forced or ((theirs - mine).norm(dim=2) <= SKETCH_TOLERANCE * mine.norm(dim=2)).all()
+        )
+        if not alike:
             raise InputError(f"--adapter {path}: the factors {side} come out differently on this machine or in this dtype")
+    if forced:
+        warnings.warn(f"--adapter {path} was trained on {said} {_turn(parts, tensors)}", stacklevel=4)
     if not tensors["v"].isfinite().all():
         raise InputError(f"--adapter {path}: v is not finite")
     shape = (parts.groups, config.u)

@@ -15,11 +15,12 @@ def write_directory(model: Decoder, directory: Path) -> None:
     InputError where the model says something that a config.json cannot.
     """
     config = {**model.config.to_dict(), "dtype": str(model.embedding.dtype).removeprefix("torch.")}
+    text = Text(model.path)
     write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
-    write_text(directory / "generation_config.json", json.dumps({"eos_token_id": list(Text(model.path).eos_ids)}) + "\n")
+    write_text(directory / "generation_config.json", json.dumps({"eos_token_id": list(text.eos_ids)}) + "\n")
     tensors = {name: t.cpu().contiguous() for name, t in model.tensors().items()}
     write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
-    copy_tokenizer(model, directory)
+    text.tokenizer.save_pretrained(directory)
 
 
 def copy_tokenizer(model: Decoder, directory: Path) -> None:

@@ -154,7 +154,8 @@ class _Reader:
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise self.refuse(f"general.alignment is {alignment!r}; it must be a power of two")
-        heads = [self.tensor() for _ in range(tensors)]
+        kinds, sizes = quantisations() if tensors else ({}, {})
+        heads = [self.tensor(kinds, sizes) for _ in range(tensors)]
         start = -(-self.at // alignment) * alignment
         places: dict[str, Place] = {}
         end = 0
@@ -170,9 +171,8 @@ class _Reader:
                 raise self.refuse(f"cut short: {last}; download it again")
         return metadata, places
 
-    def tensor(self) -> tuple[str, str, tuple[int, ...], int, int]:
+    def tensor(self, kinds: dict[int, str], sizes: dict[int, tuple[int, int]]) -> tuple[str, str, tuple[int, ...], int, int]:
         """A tensor's name, type, shape, offset and the bytes of one row."""
-        kinds, sizes = quantisations()
         name = self.string()
         (dimensions,) = self.take("I")
         if not 1 <= dimensions <= MOST_DIMENSIONS or len(name) > LONGEST_NAME:

@@ -57,10 +57,10 @@ def resolve_model(path_or_id: str, weights: bool = True) -> Path:
 
 def load_config(path: Path) -> ModelConfig:
     """Of a model that `resolve_model` found. InputError where it is broken, or of another architecture."""
-    if path.is_file() and path.suffix != ".json":
+    if path.is_file():
         return gguf.read_head(path)[1]
-    files = sorted(f.name for f in path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").exists() else []
-    if files:
+    files = sorted(f.name for f in path.glob("*.gguf"))
+    if files and not (path / "config.json").exists():
         raise InputError(f"--model {path}: no config.json, but GGUF: name one of the files ({', '.join(files)})")
     return ModelConfig.load(path)
 

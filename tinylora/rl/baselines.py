@@ -27,10 +27,9 @@ class Baseline:
         from transformers import AutoModelForCausalLM  # takes seconds to import
 
         self.model, self.method = model, method
-        with TemporaryDirectory() as scratch:
+        with TemporaryDirectory() if model.path.is_file() else nullcontext(str(model.path)) as source:
             if model.path.is_file():  # a GGUF
-                write_directory(model, Path(scratch))
-            source = scratch if model.path.is_file() else model.path
+                write_directory(model, Path(source))
             network: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         network = network.to(model.device).eval()
         if method == "lora":
