@@ -198,22 +198,25 @@ def products(monkeypatch):
     return calls
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("carries", [False, True])
-def test_products_by_onednn(products, bias, carries):
-    """y and dx in fp32, adapter on and off: error at most twice the plain formula's, and a row's bits the same in any batch."""
+def test_products_by_onednn(products, bias, carries, weights):
+    """y and dx of fp32 rows, adapter on and off: error at most twice the plain formula's in the weights' dtype, and a row's
+    bits the same in any batch."""
     randn, sizes, rows, K, N = draw(3), [24, 8, 8], 200, 56, 40
-    group = FrozenLinear.empty(N, K, bias, torch.float32, torch.device("cpu"), carries)
+    group = FrozenLinear.empty(N, K, bias, weights, torch.device("cpu"), carries, torch.float32)
     group.weight.copy_(randn(N, K))
     if bias:
         group.bias.copy_(randn(N))
     group.pack([(randn(2, K), randn(n, 2)) for n in sizes], sizes)
+    assert group.A.dtype == group.Bt.dtype == torch.float32 and group.weight.dtype == weights
     c = Correction(group.A, group.Bt, randn(1, 3, 2, 2).float())
-    x = padded(rows, K, c, group.weight) if carries else group.weight.new_empty(rows, K)
+    x = padded(rows, K, c, group.A) if carries else group.A.new_empty(rows, K)
     x[:, :K] = randn(rows, K)
     if carries:
         x[:, K : K + 6], x[:, K + 6 :], x[:, K + 6] = randn(rows, 6), 0, 1
-    dy = padded(rows, N, c, group.weight)
+    dy = padded(rows, N, c, group.A)
     dy[:, :N], dy[:, N : N + 6], dy[:, N + 6 :] = randn(rows, N), randn(rows, 6), 0
 
     def formula(dtype):
@@ -229,14 +232,16 @@ def test_products_by_onednn(products, bias, carries):
         off = linear(x[:, :K].contiguous(), group, None)
         for some in (slice(0, 8), slice(3, 27), slice(100, 164)):
             assert torch.equal(linear(x[some], group, c), y[some, :N])
-    assert len(products) == 6 - (bias and not carries), "a padded y has no room for a bias that x does not carry"
-    for ours, plain, exact in zip((y[:, :N], off, dx[:, :K]), formula(torch.float32), formula(torch.float64), strict=True):
+    without = bias and not carries and weights == torch.float32
+    assert len(products) == 6 - without, "a padded y has no room for a bias that x does not carry"
+    for ours, plain, exact in zip((y[:, :N], off, dx[:, :K]), formula(weights), formula(torch.float64), strict=True):
+        assert ours.dtype == torch.float32
         assert rms(ours.detach().double() - exact) <= 2 * rms(plain.double() - exact)
 
 
 def test_long_sums_are_not_onednns(products):
-    for K, called in ((CHAIN, 1), (CHAIN + 16, 0)):
-        group = FrozenLinear.empty(8, K, False, torch.float32, torch.device("cpu"))
+    for K, dtype, called in ((CHAIN, torch.float32, 1), (CHAIN + 16, torch.float32, 0), (CHAIN + 16, torch.bfloat16, 1)):
+        group = FrozenLinear.empty(8, K, False, dtype, torch.device("cpu"), around=torch.float32)
         group.weight.zero_()
         linear(torch.zeros(8, K), group, None)
         assert len(products) == called
@@ -246,10 +251,10 @@ def test_long_sums_are_not_onednns(products):
 @pytest.mark.parametrize("rows", [8, 24, 64, 96])
 @pytest.mark.parametrize("width, columns", [(64, 64), (400, 128), (512, 16), (896, 1152)])
 def test_a_rows_bits_are_its_own(rows, width, columns):
-    """Whichever library multiplies here, in a weight as it lies and transposed."""
+    """Whichever library multiplies here, in a weight as it lies and transposed, of fp32 and of bf16."""
     randn = draw(5)
     x, weight, transposed = randn(256, width).float(), randn(columns, width).float(), randn(width, columns).float().T
-    for w in (weight, transposed):
+    for w in (weight, transposed, weight.bfloat16(), transposed.bfloat16()):
         assert torch.equal(onednn_linear(x[:rows], w), onednn_linear(x, w)[:rows])
 
 

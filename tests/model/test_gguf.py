@@ -102,10 +102,10 @@ def test_tensors_are_ggufs_own(type_: str, dtype: torch.dtype, tmp_path: Path) -
     _, state = hugging_face(path, torch.float32)
     for name, tensor in model.tensors().items():
         wanted = state.pop(name)
-        if dtype == torch.bfloat16:  # gguf's own rounding
+        if tensor.dtype == torch.bfloat16:  # gguf's own rounding
             raw = gguf.quantize(wanted.numpy(), gguf.GGMLQuantizationType.BF16)
             wanted = torch.from_numpy(raw.view(np.int16).reshape(wanted.shape)).view(torch.bfloat16)
-        assert tensor.dtype == dtype and torch.equal(tensor, wanted), name
+        assert tensor.dtype == (dtype if "proj.weight" in name else torch.float32) and torch.equal(tensor, wanted), name
         assert tensor.isfinite().all() and tensor.float().std() > 0.01, name
     assert not state
 

@@ -99,8 +99,29 @@ def test_sharded_checkpoint_loads_the_same(tiny_model, tmp_path):
 def test_digests_do_not_depend_on_the_dtype_asked_for(tiny_model):
     path = str(tiny_model("qwen2"))
     low = load_model(path, dtype="bfloat16")
-    assert low.dtype == torch.bfloat16
+    assert low.weight_dtype == torch.bfloat16
     assert low.digests == load_model(path).digests
+
+
+@pytest.mark.parametrize("backend", ["native", "addmm"])
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_errs_at_most_twice_as_much_as_transformers(tiny_model, monkeypatch, case, backend):
+    """On a CPU, against fp64. With the C kernels rows stay in fp32, and the layers' weights alone are bf16."""
+    import transformers
+
+    monkeypatch.setenv("TINYLORA_BACKEND", backend)
+    path = tiny_model(**CASES[case])
+    ours = load_model(str(path), dtype="bfloat16")
+    assert ours.weight_dtype == torch.bfloat16
+    assert ours.dtype == ours.head.dtype == (torch.float32 if backend == "native" else torch.bfloat16)
+    ids = torch.randint(96, (5, 29), generator=torch.Generator().manual_seed(1))
+    plain, exact = (
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=d).eval() for d in (torch.bfloat16, torch.float64)
+    )
+    with torch.no_grad():
+        want = exact(ids).logits
+        allowed = 2 * (plain(ids).logits.double() - want).norm()
+    assert (ours.logits(ids).double() - want).norm() <= allowed
 
 
 def edit_config(path, **changes):

@@ -15,27 +15,36 @@ class FrozenLinear:
     """The constants of one group. A and B are absent until an adapter's factors are packed in.
 
     Where products run over padded buffers (`linear`), weight, A and B are views of one: [[W, B, bias], [A, 0, 0]]. On a CPU it
-    is as large as its contents, so that its rows follow one another.
+    is as large as its contents, so that its rows follow one another. There the weights may be bf16 and all else fp32: rows are
+    then rounded for the product alone, and A and B, which row kernels read too, are held in fp32 beside the buffer.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, A: Tensor | None = None, Bt: Tensor | None = None) -> None:
-        self.weight = weight  # (N, K)
+        self.weight = weight  # (N, K), of the rows' dtype or narrower
         self.bias = bias  # (N,)
         self.A = A  # (R, K)
         self.Bt = Bt  # (R, N), B transposed and contiguous: s = F.linear(dy, Bt) is twice as fast as dy @ B
         self.buffer: Tensor | None = None  # (padded N, padded K) or more
+        self.around = weight.dtype  # dtype of A and B
         self.carries = True  # whether rows of x come with z: if not, a CPU's buffer has neither B nor bias
 
     @classmethod
     def empty(
-        cls, rows: int, columns: int, bias: bool, dtype: torch.dtype, device: torch.device, carries: bool = True
+        cls,
+        rows: int,
+        columns: int,
+        bias: bool,
+        dtype: torch.dtype,  # of the weights
+        device: torch.device,
+        carries: bool = True,
+        around: torch.dtype | None = None,  # of bias, A and B, and of the rows that come; None: the weights'
     ) -> "FrozenLinear":
         """Room for weights to be copied into, in a padded buffer where this device's backend multiplies one."""
-        biases = torch.empty(rows, dtype=dtype, device=device) if bias else None
+        biases = torch.empty(rows, dtype=around or dtype, device=device) if bias else None
         if dispatch.backend(device.type) == "addmm":
             return cls(torch.empty(rows, columns, dtype=dtype, device=device), biases)
         group = cls(torch.empty(0, dtype=dtype, device=device), biases)
-        group.carries = carries
+        group.carries, group.around = carries, around or dtype
         group._allocate(rows, columns, 0 if device.type == "cpu" else SPARE)
         return group
 
@@ -58,7 +67,7 @@ class FrozenLinear:
         """
         r = next(f[0].shape[0] for f in factors if f is not None)
         (rows, columns), rank = self.weight.shape, padded_segments(len(factors), r, narrow) * r
-        self.A, self.Bt = self.weight.new_zeros(rank, columns), self.weight.new_zeros(rank, rows)
+        self.A, self.Bt = (self.weight.new_zeros(rank, n, dtype=self.around) for n in (columns, rows))
         start = 0
         for segment, (factor, size) in enumerate(zip(factors, sizes, strict=True)):
             if factor is not None:

@@ -7,7 +7,8 @@ Autograd keeps nothing for it. Three ways to the same product, chosen by the bac
 
     addmm     two products on plain weights, the large one added to the small one in place
     padded    one product over the buffer [[W, B, bias], [A, 0, 0]]: the correction enters the accumulator of a stock GEMM;
-              cuda does the same, and native, where oneDNN takes half of MKL's time or less on many processors
+              cuda does the same, and native, where oneDNN takes half of MKL's time or less on many processors, and multiplies
+              bf16 weights with fp32 rows
     triton    one product on plain weights with the rank-R update in its epilogue (`fused_linear`)
 
 Rows without a pad get no correction in the forward: the attention's output, whose z the next kernel adds (`add_norm`).
@@ -33,12 +34,14 @@ def linear_ref(x: Tensor, group: FrozenLinear) -> Tensor:
     return y + x[:, width : width + len(group.Bt)] @ group.Bt
 
 
-def _by_onednn(x: Tensor, columns: int) -> bool:
-    """Whether oneDNN multiplies rows like x, contracting so many columns: fp32 on a CPU, and sums that it keeps exact enough.
+def _by_onednn(x: Tensor, weight: Tensor, columns: int) -> bool:
+    """Whether oneDNN multiplies rows like x with weights like these, contracting so many columns: fp32 rows on a CPU, and sums
+    that it keeps exact enough, or weights in bf16, beside whose rounding no sum's counts.
 
     Not a function of how many rows, on which no row's bits depend either, from two on; a Decoder's come in multiples of 8.
     """
-    return x.is_cpu and x.dtype == torch.float32 and dispatch.backend("cpu") == "native" and columns <= CHAIN
+    native = x.is_cpu and x.dtype == torch.float32 and dispatch.backend("cpu") == "native"
+    return native and (columns <= CHAIN or weight.dtype == torch.bfloat16)
 
 
 def _pad(x: Tensor, group: FrozenLinear, columns: int) -> Tensor:
@@ -54,9 +57,9 @@ def _forward(x: Tensor, group: FrozenLinear, c: Correction | None) -> Tensor:
     """The map of x (T, K) or (T, padded): (T, N), or with c (T, padded), the pad being anything."""
     (N, K), kind = group.weight.shape, dispatch.backend(x.device.type)
     carries, buffer = x.shape[1] > K, group.buffer
-    if buffer is not None and _by_onednn(x, buffer.shape[1]):
+    if buffer is not None and _by_onednn(x, buffer, buffer.shape[1]):
         bias = group.bias if buffer.shape[1] == K else None  # otherwise it lies in the buffer
-        if bias is None or c is None:
+        if bias is None or c is None or buffer.dtype != x.dtype:
             x = x if x.shape[1] == buffer.shape[1] else _pad(x, group, buffer.shape[1])
             return onednn_linear(x, buffer[:N] if c is None else buffer, bias)
     y = padded(len(x), N, c, x)
@@ -76,7 +79,7 @@ def linear_backward(dy: Tensor, group: FrozenLinear, columns: int) -> Tensor:
     """dx (T, columns): the transposed map of dy (T, N) or (T, padded). `columns` are x's, and those beyond K are anything."""
     (N, K), kind = group.weight.shape, dispatch.backend(dy.device.type)
     carries, rows = dy.shape[1] > N, None if group.buffer is None else group.buffer[: dy.shape[1]]
-    if rows is not None and _by_onednn(dy, len(rows)):
+    if rows is not None and _by_onednn(dy, rows, len(rows)):
         return onednn_linear(dy.contiguous(), rows.T)[:, :columns]
     dx = empty_rows(len(dy), columns, dy)
     if rows is not None and kind in ("padded", "native", "cuda"):

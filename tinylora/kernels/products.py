@@ -39,7 +39,16 @@ def narrow_product(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias by oneDNN for contiguous fp32 rows on a CPU, where it keeps a row's bits; otherwise by `F.linear`."""
+    """x weight^T + bias by oneDNN for contiguous fp32 rows on a CPU, where it keeps a row's bits; otherwise by `F.linear`.
+
+    With a bf16 weight x is rounded to it, and the sums, which are fp32's, once more: what plain bf16 does, in fp32 rows. bias
+    (n,) is fp32 then and added to the first n columns.
+    """
+    if weight.dtype != x.dtype:
+        y = F.linear(x.to(weight.dtype), weight).to(x.dtype)
+        if bias is not None:
+            y[:, : len(bias)] += bias
+        return y
     takes = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() and onednn_keeps_rows()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") if takes else F.linear(x, weight, bias)
 

@@ -3,10 +3,11 @@
     l = h W^T / temperature    logp = l[token] - logsumexp(l)    entropy = logsumexp(l) - sum_v softmax(l)_v l_v
     dh = (g (onehot(token) - softmax(l)) / temperature) W          dW does not exist; entropy is a metric, without gradient
 
-Plain PyTorch goes through blocks of rows and tiles of the vocabulary, and the backward through them again. A vocabulary of
-one tile takes the very operations of sampling, so rollout and update agree to the bit. The Triton forward keeps three numbers
-for each row and share of the vocabulary, and its logits are never rounded below fp32. Its backward writes a chunk of dlogits,
-in the head's precision, for cuBLAS to multiply. Nothing depends on the order in which blocks run.
+Plain PyTorch goes through blocks of rows and tiles of the vocabulary, once: the gradient for g = 1 is a mean of the head's
+rows, which is summed along with the exponentials, so two products serve both directions where a second pass makes it three. A
+vocabulary of one tile takes the very operations of sampling, so rollout and update agree to the bit. The Triton forward keeps
+three numbers for each row and share of the vocabulary, and its logits are never rounded below fp32. Its backward writes a chunk
+of dlogits, in the head's precision, for cuBLAS to multiply. Nothing depends on the order in which blocks run.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from tinylora.kernels import dispatch
 from tinylora.kernels.launch import launch, tl, triton
-from tinylora.kernels.products import pad_rows
+from tinylora.kernels.products import CHAIN, onednn_linear, pad_rows
 
 ROWS, TILE = 512, 1024  # plain PyTorch holds logits of this many rows and tokens at a time
 SPLITS = 16  # shares of the vocabulary: with 1024 rows in blocks of 128 they fill a GPU of 132 processors
@@ -40,28 +41,24 @@ def _slices(total: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, total)) for i in range(0, total, size)]
 
 
-def _tile(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
-    """One tile of the logits, in at least fp32, that may be written over."""
-    logits = F.linear(hidden, head)
-    return (logits if logits.dtype == torch.float64 else logits.float()).div_(temperature)
+def _forward(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float, slope: Tensor | None) -> tuple[Tensor, Tensor]:
+    """logp and entropy of a block of rows; `slope` (rows, hidden), where it is wanted, gets the gradient of logp.
 
-
-def _forward(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy, and logsumexp in two parts, most + log(total), of a block of rows. Running sums relative to the largest
-    logit so far: total = sum e^(l - most), moment = sum e^(l - most) (l - most)."""
-    if len(head) <= TILE:
-        logits = F.linear(hidden, head)
-        logp = log_softmax_at(logits, temperature)
-        chosen, entropy = logp.gather(1, tokens[:, None]).squeeze(1), -(logp.exp() * logp).sum(1)
-        place = logp.argmax(1, keepdim=True)
-        most = logits.gather(1, place).to(logp.dtype) / temperature  # (rows, 1)
-        return chosen, entropy, most.squeeze(1), -logp.gather(1, place).squeeze(1)
-    most = total = moment = chosen = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    Running sums relative to the largest logit so far, of all tokens but the row's own for the slope, so that nothing cancels
+    where its probability is almost 1: total = sum e^(l - most), moment = sum e^(l - most) (l - most), rest = sum_others
+    e^(l - most), mean = sum_others e^(l - most) W.
+    """
+    most = total = moment = chosen = rest = hidden.new_zeros(
+        len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32)
+    )
+    mean = None if slope is None else most.new_zeros(hidden.shape)
+    product = onednn_linear if hidden.shape[1] <= CHAIN else F.linear
     for tile in _slices(len(head), TILE):
-        logits = _tile(hidden, head[tile], temperature)  # (rows, TILE)
+        logits = product(hidden, head[tile])  # (rows, TILE)
+        logits = (logits if logits.dtype == torch.float64 else logits.float()).div_(temperature)
         inside = (tokens >= tile.start) & (tokens < tile.stop)
-        own = logits.gather(1, (tokens - tile.start).clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
-        chosen = torch.where(inside, own, chosen)
+        place = (tokens - tile.start).clamp(0, logits.shape[1] - 1)[:, None]  # (rows, 1)
+        chosen = torch.where(inside, logits.gather(1, place).squeeze(1), chosen)
         largest = logits.amax(1) if tile.start == 0 else torch.maximum(most, logits.amax(1))
         shift = most - largest
         logits.sub_(largest[:, None])
@@ -69,18 +66,53 @@ def _forward(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float) -
         moment = shift.exp() * (moment + shift * total) + torch.linalg.vecdot(weights, logits)
         total = shift.exp() * total + weights.sum(1)
         most = largest
-    return chosen - most - total.log(), total.log() - moment / total, most, total.log()
+        if mean is not None:
+            weights.scatter_(1, place, torch.where(inside[:, None], 0.0, weights.gather(1, place)))
+            rest = shift.exp() * rest + weights.sum(1)
+            mean.mul_(shift.exp()[:, None]).add_(onednn_linear(weights.to(head.dtype), head[tile].T))
+    if slope is not None and mean is not None:
+        slope.copy_(head[tokens]).mul_(rest[:, None]).sub_(mean).div_(temperature * total[:, None])
+    return chosen - most - total.log(), total.log() - moment / total
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, tokens, temperature):
-        parts = [_forward(hidden[rows], head, tokens[rows], temperature) for rows in _slices(len(hidden), ROWS)]
-        logp, entropy, most, log_total = map(torch.cat, zip(*parts, strict=True)) if parts else hidden.new_zeros(4, 0)
-        ctx.save_for_backward(hidden, head, tokens, most, log_total)
-        ctx.temperature = temperature
+    def forward(ctx, hidden, head, tokens, temperature, wants_slope):
+        slope = hidden.new_empty(hidden.shape, dtype=torch.promote_types(hidden.dtype, torch.float32)) if wants_slope else None
+        parts = []
+        for rows in _slices(len(hidden), ROWS):
+            own = None if slope is None else slope[rows]
+            parts.append(_forward(hidden[rows], head, tokens[rows], temperature, own))
+        logp, entropy = map(torch.cat, zip(*parts, strict=True)) if parts else hidden.new_zeros(2, 0)
+        ctx.save_for_backward(slope)
+        ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
+
+    @staticmethod
+    def backward(ctx, dlogp, _):
+        (slope,) = ctx.saved_tensors
+        return (slope * dlogp[:, None]).to(ctx.dtype), None, None, None, None
+
+
+class _OneTile(torch.autograd.Function):
+    """A vocabulary of one tile."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, tokens, temperature):
+        parts = []
+        for rows in _slices(len(hidden), ROWS):
+            logits = F.linear(hidden[rows], head)
+            logp = log_softmax_at(logits, temperature)
+            chosen, entropy = logp.gather(1, tokens[rows, None]).squeeze(1), -(logp.exp() * logp).sum(1)
+            place = logp.argmax(1, keepdim=True)
+            most = logits.gather(1, place).to(logp.dtype) / temperature  # (rows, 1)
+            parts.append((chosen, entropy, most.squeeze(1), -logp.gather(1, place).squeeze(1)))
+        chosen, entropy, most, log_total = map(torch.cat, zip(*parts, strict=True)) if parts else hidden.new_zeros(4, 0)
+        ctx.save_for_backward(hidden, head, tokens, most, log_total)  # most + log_total is the logsumexp
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return chosen, entropy
 
     @staticmethod
     def backward(ctx, dlogp, _):
@@ -88,13 +120,11 @@ class _TokenLogprobs(torch.autograd.Function):
         dhidden = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
         for rows in _slices(len(hidden), ROWS):
             g = dlogp[rows, None] / ctx.temperature  # (rows, 1)
-            for tile in _slices(len(head), TILE):
-                dlogits = _tile(hidden[rows], head[tile], ctx.temperature)
-                dlogits.sub_(most[rows, None]).sub_(log_total[rows, None]).exp_().mul_(-g)
-                place = (tokens[rows, None] - tile.start).clamp(0, dlogits.shape[1] - 1)
-                inside = (tokens[rows, None] >= tile.start) & (tokens[rows, None] < tile.stop)
-                dlogits.scatter_add_(1, place, torch.where(inside, g, 0.0))
-                dhidden[rows] += dlogits.to(head.dtype) @ head[tile]
+            dlogits = F.linear(hidden[rows], head)
+            dlogits = (dlogits if dlogits.dtype == torch.float64 else dlogits.float()).div_(ctx.temperature)
+            dlogits.sub_(most[rows, None]).sub_(log_total[rows, None]).exp_().mul_(-g)
+            dlogits.scatter_add_(1, tokens[rows, None], g)
+            dhidden[rows] += dlogits.to(head.dtype) @ head
         return dhidden.to(hidden.dtype), None, None, None
 
 
@@ -305,5 +335,10 @@ def token_logprobs(
     if dispatch.runs_triton("token_logprobs", hidden):
         return token_logprobs_triton(hidden, head, tokens, temperature)
     rows = len(hidden)
-    logp, entropy = _TokenLogprobs.apply(pad_rows(hidden), head, pad_rows(tokens), temperature)
+    hidden, tokens = pad_rows(hidden), pad_rows(tokens)
+    if len(head) <= TILE:
+        logp, entropy = _OneTile.apply(hidden, head, tokens, temperature)
+    else:
+        wants_slope = torch.is_grad_enabled() and hidden.requires_grad
+        logp, entropy = _TokenLogprobs.apply(hidden, head, tokens, temperature, wants_slope)
     return logp[:rows], entropy[:rows]

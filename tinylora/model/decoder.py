@@ -105,7 +105,13 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of its rows, its embedding and its head."""
         return self.embedding.dtype
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of its layers' weights, and what their products are rounded to: on a CPU it may be bf16 beside rows in fp32."""
+        return self.layers[0].qkv.weight.dtype
 
     def cover(self, longest: int) -> None:
         """Make every attention from now on cover as many keys as sequences of up to `longest` tokens have, for `--exact`."""

@@ -70,7 +70,7 @@ def load_model(path_or_id: str, device: str = "auto", dtype: str = "auto") -> De
     from a GGUF file, on disk or on the hub (owner/repo/FILE.gguf).
 
     device "auto" is CUDA where there is one; dtype "auto" is the checkpoint's on CUDA, bfloat16 for quantised weights, and
-    float32 on a CPU.
+    float32 on a CPU. On a CPU bfloat16 is the layers' weights' alone: everything else, the head included, stays in float32.
     InputError for a missing directory, an unsupported architecture, a broken or missing file, a missing or misshapen tensor.
     """
     path = resolve_model(path_or_id)
@@ -82,9 +82,11 @@ def load_model(path_or_id: str, device: str = "auto", dtype: str = "auto") -> De
     if dtype not in _DTYPES:
         raise InputError(f"--dtype {dtype}: choose one of auto, {', '.join(_DTYPES)}")
     dispatch.prove(torch.device(device))  # kernels that are to run there have to be matched against their references first
-    place = torch.device(device), _DTYPES[dtype]
+    weights = _DTYPES[dtype]
+    mixed = weights == torch.bfloat16 and device == "cpu" and dispatch.backend(device) == "native"
+    place = torch.device(device), torch.float32 if mixed else weights
     read = gguf.Checkpoint(file, config, *place) if file else _Checkpoint(path, *place)
-    return build_decoder(config, read, file.path if file else path)
+    return build_decoder(config, read, file.path if file else path, weights)
 
 
 class Reader(Protocol):
@@ -133,13 +135,15 @@ class _Checkpoint:
         return out.copy_(tensor)
 
 
-def build_decoder(config: ModelConfig, read: Reader, path: Path) -> Decoder:
-    """Read every tensor the config calls for, segment by segment into its fused buffer."""
+def build_decoder(config: ModelConfig, read: Reader, path: Path, weights: torch.dtype | None = None) -> Decoder:
+    """Read every tensor the config calls for, segment by segment into its fused buffer. `weights`: the dtype of the layers'
+    linears, where it is not the reader's."""
     c = config
 
     def linear(layer: int, types: tuple[str, ...], bias: bool) -> FrozenLinear:
         rows, columns = [c.shape(t)[0] for t in types], c.shape(types[0])[1]
-        group = FrozenLinear.empty(sum(rows), columns, bias, read.dtype, read.device, carries=types != GROUPS[1])
+        carries, around = types != GROUPS[1], read.dtype
+        group = FrozenLinear.empty(sum(rows), columns, bias, weights or around, read.device, carries, around)
         start = 0
         for type_, size in zip(types, rows, strict=True):
             name = module_name(layer, type_)

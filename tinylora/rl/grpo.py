@@ -35,7 +35,7 @@ def _descend(t: Run, batch: Batch) -> dict[str, Any]:
         metrics = update(t.policy, batch, t.config, t.plan)
         if iteration == 0:
             mean, largest = (metrics[f"sampling/sampling_logp_difference/{x}"] for x in ("mean", "max"))
-            require_same_policy(mean, largest, t.model.dtype, t.config.exact, t.step + 1)
+            require_same_policy(mean, largest, t.model.weight_dtype, t.config.exact, t.step + 1)
         norm = t.descend()
         first = first or {**metrics, **norm}
     return first

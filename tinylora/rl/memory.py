@@ -65,7 +65,7 @@ def plan_memory(
     c, kind = model.config, model.device.type
     size = model.embedding.element_size()
     weights = [g.weight for each in model.layers for g in each.groups] + [model.embedding]
-    held = sum(w.numel() for w in weights) + (model.head.numel() if model.head is not model.embedding else 0)
+    held = sum(w.nbytes for w in weights) + (model.head.nbytes if model.head is not model.embedding else 0)
     free = free_bytes(model) if free is None else free
     per_token, per_position = activation_bytes(model), c.cache_bytes(size)
     tokens, usable = min(microbatch_tokens or max(TOKENS[kind], longest), longest * sequences), int(SHARE * free)
@@ -79,4 +79,4 @@ def plan_memory(
             f"out of memory before the first step: a sequence of {longest} tokens needs {least / 1e9:.2f} GB beside the "
             f"weights, and {usable / 1e9:.2f} GB can be used; lower --max-completion-length or --microbatch-tokens"
         )
-    return MemoryPlan(free, held * size, cache, per_token, tokens, held * size + cache)
+    return MemoryPlan(free, held, cache, per_token, tokens, held + cache)
