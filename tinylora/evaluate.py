@@ -40,7 +40,7 @@ class EvaluateConfig:
     """Local rows: a JSONL or parquet file, a save_to_disk folder, a folder with test.jsonl or test.parquet, or a folder of
     such folders named by task."""
     prompt_style: PromptStyle = "auto"
-    """How a question is asked: qwen-boxed, gsm8k-hash or plain. auto: gsm8k-hash for gsm8k, qwen-boxed for the others."""
+    """How a question is asked: qwen-boxed, gsm8k-hash or plain. auto: plain for builtin, qwen-boxed for the others."""
     show_prompt: bool = False
     """Print the first prompt of each task as the model gets it, and stop."""
     extractor: Literal["strict", "flexible"] = "strict"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tinylora.cli import read_settings, run_command, split_flag
+from tinylora.cli import flag, read_settings, run_command, split_flag
 from tinylora.errors import InputError
 from tinylora.rl.config import GONE, TrainConfig, preset
 from tinylora.rl.dry_run import dry_run, first_prompt
@@ -18,6 +18,8 @@ class TrainCommand(TrainConfig):
     a CPU. A step's batch is --prompts-per-step PROMPTS times --num-generations completions (TRL counts completions).
     --config FILE.toml gives settings by these names; flags win over it."""
 
+    num_parameters: int | None = None
+    """Trained numbers in all: this many in one group, in the place of --u and --n-tie."""
     show_prompt: bool = False
     """Print the first prompt as the model gets it, and stop."""
     dry_run: bool = False
@@ -42,6 +44,7 @@ def parse(arguments: list[str]) -> TrainCommand:
     output_dir, _ = split_flag(arguments, "--output-dir")
     epochs, _ = split_flag(arguments, "--num-train-epochs")
     settings: dict[str, Any] = read_settings(path, TrainCommand) if path else {}
+    settings, arguments = _counted(settings, arguments)
     if "--resume" in arguments:
         if output_dir is None:
             raise InputError("--resume needs --output-dir, the run to continue")
@@ -52,6 +55,25 @@ def parse(arguments: list[str]) -> TrainCommand:
         settings = {**usual, **({"max_steps": -1} if epochs else {}), **settings}
     program = "python -m tinylora.train"
     return tyro.cli(TrainCommand, args=arguments, default=TrainCommand(**settings), prog=program)
+
+
+def _counted(settings: dict[str, Any], arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The --config file's settings and the flags, with --num-parameters as u and n_tie, beside which it is refused."""
+    said, arguments = split_flag(arguments, "--num-parameters")
+    written = settings.pop("num_parameters", None)
+    count = written if said is None else said
+    if count is None:
+        return settings, arguments
+    for name in ("u", "n_tie"):
+        if name in settings or split_flag(arguments, flag(name))[0] is not None:
+            raise InputError(f"--num-parameters {count} and {flag(name)}: give one of them")
+    method = split_flag(arguments, "--method")[0] or settings.get("method", "tinylora")
+    if method != "tinylora":
+        raise InputError(f"--num-parameters {count}: --method {method} has a count of its own")
+    try:
+        return settings | {"u": int(count), "n_tie": "all"}, arguments
+    except ValueError:
+        raise InputError(f"--num-parameters {count}: it must be a whole number") from None
 
 
 def dashed(argument: str) -> str:
@@ -76,7 +98,8 @@ def describe(trainer: Trainer) -> str:
     batch = f"{c.prompts_per_step} prompts x {c.num_generations} completions"
     return (
         f"training {count} number{'s' if count > 1 else ''} ({c.method}, {c.algorithm}) on {c.model}, "
-        f"{c.dataset}, {trainer.max_steps} steps of {batch}, into {trainer.run_directory.path}"
+        f"{c.dataset}, {trainer.max_steps} steps of {batch}, learning rate {trainer.learning_rate:.2g}, "
+        f"into {trainer.run_directory.path}"
     )
 
 

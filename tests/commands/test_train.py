@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import itertools
 import json
+import math
 import random
 import shutil
 import signal
@@ -15,10 +17,14 @@ import pytest
 import torch
 
 from tinylora import evaluate, train
+from tinylora.adapter.config import TinyLoRAConfig
+from tinylora.adapter.on_decoder import Adapter
 from tinylora.errors import InputError
 from tinylora.loading import load_adapter
 from tinylora.model.loader import load_model
 from tinylora.rl import step as step_module
+from tinylora.rl.config import RELATIVE_STEP, TrainConfig
+from tinylora.rl.policy import learning_rate_of
 from tinylora.rl.rewards import random_rewards
 from tinylora.rl.run_directory import CLOCK_METRICS
 from tinylora.rl.trainer import Trainer
@@ -185,7 +191,7 @@ def short(completions, **_): return [1.0]
 def looks(prompts, completions, completion_ids, question, solution, trainer_state, log_metric, **_):
     n = len(completions)
     assert len(prompts) == len(completion_ids) == len(question) == len(solution) == n
-    assert completions[0][0]["role"] == "assistant" and prompts[0][0]["role"] == "user"
+    assert completions[0][0]["role"] == "assistant" and prompts[0][-1]["role"] == "user"
     log_metric("seen", trainer_state.global_step)
     return [float(len(ids)) for ids in completion_ids]
 """
@@ -245,6 +251,8 @@ def test_gsm8k_end_to_end(tmp_path, text_model, rewards):
         "24",
         "--eval-size",
         "8",
+        "--u",
+        "1",
         "--n-tie",
         "4",
         "--prompts-per-step",
@@ -289,8 +297,10 @@ def test_twenty_steps_of_gsm8k_through_the_graders_processes(tmp_path, text_mode
 
     monkeypatch.setattr(GraderPool, "submit", watched)
     monkeypatch.setattr(step_module, "rollout", noted)
-    flags = ["--model", str(model), "--data", str(GSM8K), "--max-steps", "20", "--max-completion-length", "128", "--n-tie", "4"]
+    flags = ["--model", str(model), "--data", str(GSM8K), "--max-steps", "20", "--max-completion-length", "128"]
     flags += [
+        "--num-generations",
+        "4",
         "--eval-size",
         "0",
         "--prompts-per-step",
@@ -313,7 +323,7 @@ def test_twenty_steps_of_gsm8k_through_the_graders_processes(tmp_path, text_mode
     assert share < 0.05
 
 
-@pytest.mark.parametrize("style", ["auto", "qwen-boxed", "plain"])
+@pytest.mark.parametrize("style", ["auto", "qwen-boxed", "gsm8k-hash", "plain"])
 def test_show_prompt(tmp_path, text_model, capsys, style):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "What is 1 + 1?", "answer": "#### 2"}\n')
@@ -321,13 +331,13 @@ def test_show_prompt(tmp_path, text_model, capsys, style):
     flags = ["--model", str(model), "--data", str(file), "--prompt-style", style, "--output-dir", str(tmp_path / "run")]
     assert train.main([*flags, "--show-prompt"]) == 0
     user = "<|user|>What is 1 + 1?"
+    boxed = f"<|system|>Please reason step by step, and put your final answer within \\boxed{{}}.{user}<|assistant|>\n"
     assert (
         capsys.readouterr().out
         == {
-            "auto": user + ' Let\'s think step by step and output the final answer after "####".<|assistant|>\n',
-            "qwen-boxed": "<|system|>Please reason step by step, and put your final answer within \\boxed{}."
-            + user
-            + "<|assistant|>\n",
+            "auto": boxed,
+            "qwen-boxed": boxed,
+            "gsm8k-hash": user + ' Let\'s think step by step and output the final answer after "####".<|assistant|>\n',
             "plain": user + "<|assistant|>\n",
         }[style]
     )
@@ -514,9 +524,10 @@ def test_a_plan_with_the_models_own_tokenizer(tmp_path, text_model, capsys):
     model = text_model(["What is 1 + 1?"])
     (model / "model.safetensors").unlink()
     flags = ["--model", str(model), "--data", str(file), "--output-dir", str(tmp_path / "run")]
-    assert train.main([*flags, "--n-tie", "4", "--dry-run"]) == 0
+    assert train.main([*flags, "--num-parameters", "4", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "trained numbers  4 (16 bytes in float32)" in out and "<|user|>What is 1 + 1?" in out
+    assert "learning rate    0.65 % of |W| a step" in out
     assert not (tmp_path / "run").exists()
 
 
@@ -597,7 +608,63 @@ def test_config_file_and_flags(tmp_path):
     assert config.dataset == "builtin" and config.num_generations == 8, "the built-in preset holds where nothing is said"
     assert train.parse(["--eval-every", "7"]).eval_steps == train.parse(["--eval-steps", "7"]).eval_steps == 7
     real = train.parse(["--model", "Qwen/Qwen2.5-7B-Instruct"])
-    assert (real.dataset, real.u, real.n_tie, real.learning_rate) == ("gsm8k", 1, 16, 2e-4)
+    assert (real.dataset, real.u, real.n_tie, real.learning_rate) == ("gsm8k", 13, "all", None)
+    assert (real.extractor, config.extractor) == ("flexible", "strict")
+
+
+def test_num_parameters(tmp_path, capsys):
+    config = train.parse(["--num-parameters", "7", "--max-steps", "3"])
+    assert (config.u, config.n_tie, config.max_steps, config.num_parameters) == (7, "all", 3, None)
+    file = tmp_path / "run.toml"
+    file.write_text("num-parameters = 5\n")
+    assert train.parse(["--config", str(file)]).u == 5
+    assert train.parse(["--config", str(file), "--num_parameters=6"]).u == 6
+    for flags in (["--u", "2"], ["--n-tie=4"]):
+        assert f"--num-parameters 5 and {flags[0].split('=')[0]}: give one of them" in fails(
+            capsys, "--config", str(file), *flags
+        )
+    file.write_text("n-tie = 4\n")
+    assert "--num-parameters 3 and --n-tie" in fails(capsys, "--config", str(file), "--num-parameters", "3")
+    assert "--method lora_xs has a count" in fails(capsys, "--num-parameters", "3", "--method", "lora_xs")
+    assert "must be a whole number" in fails(capsys, "--num-parameters", "many")
+    assert "--u 0" in fails(capsys, "--num-parameters", "0")
+
+
+def test_the_learning_rate_of_a_model_comes_from_its_factors(tmp_path, tiny_model):
+    """A first step of Adam, every number by the rate, changes the adapted weights by RELATIVE_STEP of their norm: as a root
+    mean square over all signs."""
+    model = load_model(str(tiny_model("qwen2")))
+    adapter = Adapter(model, TinyLoRAConfig(u=3, n_tie="all"))
+    rate = learning_rate_of(adapter, TrainConfig(model="some", u=3))
+    squares = []
+    for signs in itertools.product((1.0, -1.0), repeat=3):
+        adapter.load_v(rate * torch.tensor([signs]))
+        squares.append(adapter.relative_change() ** 2)
+    assert math.sqrt(sum(squares) / 8) == pytest.approx(RELATIVE_STEP, rel=1e-4)
+    assert learning_rate_of(adapter, TrainConfig(model="some", u=3, learning_rate=0.5)) == 0.5
+
+
+@pytest.mark.parametrize("extractor", ["strict", "flexible"])
+def test_a_dead_first_step_is_explained(tmp_path, text_model, monkeypatch, capsys, extractor):
+    """A random model that answers 7 to everything: right, but not in the format; or wrong."""
+    file = tmp_path / "rows.jsonl"
+    answer = 7 if extractor == "strict" else 8
+    rows_ = [{"question": f"What is {i} + {answer - i}?", "answer": f"#### {answer}"} for i in range(16)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows_))
+    model = text_model(["What is 1 + 1?"])
+    monkeypatch.setattr("tinylora.engine.text.Text.decode", lambda self, tokens: "I say 7.")
+    flags = ["--model", str(model), "--data", str(file), "--eval-size", "0", "--max-completion-length", "4", "--max-steps", "2"]
+    flags += ["--prompts-per-step", "2", "--num-generations", "4", "--extractor", extractor, "--dead-steps", "0"]
+    assert train.main(["--output-dir", str(tmp_path / "run"), *flags]) == 0
+    out = capsys.readouterr().out
+    assert out.count("nothing to learn from: all 8 rewards are 0.") == 1, "after the first step, once"
+    assert "of 8 completions were cut off at 4 tokens: --max-completion-length" in out
+    assert f"a sample, to a problem whose answer is {answer}:" in out and "| I say 7." in out
+    if extractor == "strict":
+        assert "0 of 8 are right as --extractor strict reads them; 0 hold an answer" in out
+        assert "8 of 8 are right as --extractor flexible reads them." in out
+    else:
+        assert "0 of 8 are right as --extractor flexible reads them; 8 hold an answer" in out and "too hard" in out
 
 
 def test_bad_output_directories(tmp_path, capsys):

@@ -44,7 +44,7 @@ FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
 def test_fields(tmp_path: Path, name: str, row: dict[str, Any], question: str, gold: str) -> None:
     found = load_task(name, write(tmp_path / name / "test.jsonl", [row])).test[0]
     assert (found["question"], found["answer"]) == (question, gold)
-    assert found["prompt"][-1] == {"role": "user", "content": question + (GSM8K_HASH if name == "gsm8k" else "")}
+    assert found["prompt"] == [{"role": "system", "content": QWEN_BOXED}, {"role": "user", "content": question}]
 
 
 def test_verls_form_of_math(tmp_path: Path) -> None:
@@ -86,10 +86,10 @@ def test_no_usable_row_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("style", "prompt", "answer_format"),
     [
-        ("auto", [{"role": "user", "content": "Q" + GSM8K_HASH}], "hash"),
+        ("auto", [{"role": "system", "content": QWEN_BOXED}, {"role": "user", "content": "Q"}], "boxed"),
         ("gsm8k-hash", [{"role": "user", "content": "Q" + GSM8K_HASH}], "hash"),
         ("qwen-boxed", [{"role": "system", "content": QWEN_BOXED}, {"role": "user", "content": "Q"}], "boxed"),
-        ("plain", [{"role": "user", "content": "Q"}], "hash"),
+        ("plain", [{"role": "user", "content": "Q"}], "boxed"),
     ],
 )
 def test_styles(tmp_path: Path, style: str, prompt: list[dict[str, str]], answer_format: str) -> None:

@@ -89,6 +89,13 @@ class Adapter:
         M = torch.einsum("mu,muij->mij", self.stored_v().cpu()[groups], P)  # (modules, r, r)
         return (torch.einsum("mij,mij->", BB @ M @ AA, M).clamp_min(0).sqrt() / base).item()
 
+    @torch.no_grad()
+    def change_per_rate(self) -> float:
+        """|B M A| / |W| where every number of v is 1 or -1, as a root mean square over their signs: what a first step of Adam
+        changes, divided by its rate."""
+        P, _, AA, BB, base = self._measures
+        return (torch.einsum("muij,muij->", BB[:, None] @ P @ AA[:, None], P).clamp_min(0).sqrt() / base).item()
+
     def save(self, directory: Path) -> None:
         """Write directory/{adapter_config.json, adapter_model.safetensors}; no reader ever sees a half-written adapter."""
         save_adapter(directory, self.config, self.parts, self.v, self.base)

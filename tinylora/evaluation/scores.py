@@ -48,11 +48,11 @@ class Scores:
         }
 
 
-def summary(before: Scores, after: Scores) -> str:
-    """The before/after table, with the paired gain and its 95 % interval."""
-    rows = []
+def summary(before: Scores, after: Scores, answer_format: str) -> str:
+    """The before/after table, with the paired gain and its 95 % interval. `answer_format`: the grader's, "hash" or "boxed"."""
+    rows, strict = [], {"hash": "#### n"}.get(answer_format, r"\boxed{n}")
     for label, name, old, new in (
-        ("sampled, strict (#### n)", "strict", before.sampled, after.sampled),
+        (f"sampled, strict ({strict})", "strict", before.sampled, after.sampled),
         ("sampled, flexible (last number)", "flexible", before.sampled, after.sampled),
         (f"greedy, {before.extractor}", before.extractor, before.greedy, after.greedy),
     ):

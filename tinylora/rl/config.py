@@ -15,12 +15,13 @@ from tinylora.tasks.known import KNOWN
 from tinylora.tasks.prompts import PromptStyle
 
 # The built-in task's recipe: what `python -m tinylora.train` uses where nothing else is said. Everywhere else the defaults
-# below hold: the paper's recipe for 13 numbers on a 7B model.
+# below hold, which docs/real-models.md found on two real models.
 BUILTIN_PRESET: dict[str, Any] = {
     "dataset": "builtin",
     "u": 13,
     "n_tie": "all",
     "learning_rate": 0.01,
+    "extractor": "strict",
     "warmup_steps": 0,
     "num_generations": 8,
     "max_steps": 40,
@@ -35,6 +36,8 @@ GONE = ("show_prompt", "dry_run", "resume")  # settings in the config.json of ol
 
 # Where nothing is said: full at a tenth of LoRA's rate (Schulman et al. 2025); on the built-in base larger ones.
 LEARNING_RATES = {"lora": 1e-5, "full": 1e-6}
+# Of tinylora and lora_xs: |change| / |W| of all adapted weights by a step of Adam, at the rate used where none is given.
+RELATIVE_STEP = 0.0065
 BUILTIN_LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 
 
@@ -72,11 +75,11 @@ class TrainConfig:
     data: str | None = None
     """Local rows for the task: a JSONL or parquet file, a folder with train and test of either, or a save_to_disk folder."""
     prompt_style: PromptStyle = "auto"
-    """How a question is asked: qwen-boxed, gsm8k-hash or plain. auto: gsm8k-hash for gsm8k, qwen-boxed for the others."""
+    """How a question is asked: qwen-boxed, gsm8k-hash or plain. auto: plain for builtin, qwen-boxed for the others."""
     reward: str | None = None
     """Your own reward function, "package.module:function", with TRL's signature. Default: exact match of the answer.
     Controls: "random" is a fair coin, "format-only" pays for any answer in the format asked for."""
-    extractor: Literal["strict", "flexible"] = "strict"
+    extractor: Literal["strict", "flexible"] = "flexible"
     """How an answer is read for the reward: strict in the format asked for; flexible the last \\boxed, else the last number."""
 
     algorithm: Literal["grpo", "sft", "es"] = "grpo"
@@ -90,9 +93,9 @@ class TrainConfig:
 
     r: int = 2
     """Rank of the frozen factors; of LoRA."""
-    u: int = 1
+    u: int = 13
     """Trained numbers per group. (Like n_tie and tie_mode, of tinylora alone.)"""
-    n_tie: int | Literal["all"] = 16
+    n_tie: int | Literal["all"] = "all"
     """Modules that share one group's numbers; "all" is a single group."""
     tie_mode: Literal["tiled", "structured"] = "tiled"
     """tiled: neighbours in depth share, whatever their type; structured: neighbours of the same type share."""
@@ -103,11 +106,12 @@ class TrainConfig:
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision v is used and stored in; the optimizer's copy is float32."""
 
-    learning_rate: float = 2e-4
-    """Adam's. 2e-4 suits 13 numbers on a 7B model; scale as 1/sqrt(u). (TRL's 1e-6 would not move v.)"""
+    learning_rate: float | None = None
+    """Adam's. Default: the rate at which a step moves the adapted weights by 0.65 % of their norm, which this model's own
+    factors say (TRL's 1e-6 would not move v); of lora 1e-5, of full 1e-6."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the learning rate after the warm-up; linear and cosine end at zero."""
-    warmup_steps: int = 10
+    warmup_steps: int = 0
     """Steps of linear warm-up."""
     max_grad_norm: float = 0.0
     """Clip the gradient of v to this norm; 0 is off."""
@@ -118,7 +122,7 @@ class TrainConfig:
 
     prompts_per_step: int = 16
     """PROMPTS per step."""
-    num_generations: int = 4
+    num_generations: int = 8
     """Completions sampled for each prompt."""
     num_iterations: int = 1
     """Optimizer steps on each batch of completions."""
@@ -201,7 +205,7 @@ class TrainConfig:
             "dead_steps",
             "importance_sampling_cap",
         ):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise InputError(f"{flag(name)} {getattr(self, name)}: it must not be negative")
         if self.microbatch_tokens is not None and self.microbatch_tokens < 1:
             raise InputError(f"--microbatch-tokens {self.microbatch_tokens}: it must be at least 1")

@@ -57,6 +57,7 @@ def plan(c: TrainConfig, model: ModelConfig, text: Text | None, row: Row | None)
         held = _bytes(4 * weights + 12 * count)
         adapted_as = f"every weight, by --method {c.method}" if c.method == "full" else f"{len(groups)}, by LoRA of rank {c.r}"
         shape = f"; a second model, its gradients and Adam's state take {held} more"
+    rate = "0.65 % of |W| a step" if c.learning_rate is None else f"{c.learning_rate:g}"
     return "\n".join(
         [
             f"model            {c.model}: {model.num_layers} layers, {weights:,} weights in {size}",
@@ -68,7 +69,7 @@ def plan(c: TrainConfig, model: ModelConfig, text: Text | None, row: Row | None)
             f"({'' if text and row else 'about '}{prompt} of each in the prompt)",
             f"                 floors on an H200, everything at its longest: rollout {decode + prefill:.2f} s, "
             f"update {update:.2f} s",
-            f"learning rate    {c.learning_rate:g} {c.lr_scheduler_type}, {c.warmup_steps} warm-up steps, beta {c.beta:g}, "
+            f"learning rate    {rate} {c.lr_scheduler_type}, {c.warmup_steps} warm-up steps, beta {c.beta:g}, "
             f"{'no clipping of gradients' if not c.max_grad_norm else f'gradients clipped at {c.max_grad_norm:g}'}",
             f"length           {f'{c.max_steps} steps' if c.max_steps > 0 else f'{c.num_train_epochs:g} epochs'}",
             f"task             {c.dataset}, reward {c.reward or f'exact match, {c.extractor}'}; the prompt:",

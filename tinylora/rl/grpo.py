@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from tinylora.rl.consistency import require_same_policy
+from tinylora.rl.dead import explain_dead
 from tinylora.rl.run import Run
 from tinylora.rl.step import Clock, dead_groups, draw, finish, length_metrics, reward_metrics, roll_out, stacked
 from tinylora.rl.update import Batch, update
@@ -18,6 +20,9 @@ def grpo_step(runs: Sequence[Run]) -> list[dict[str, Any]]:
         matrices = stacked([t.policy.matrices() for t in runs])
     roll_out(shares, matrices, clock)
     advantages = [s.advantages for s in shares]
+    for s, a in zip(shares, advantages, strict=True):
+        if s.run.step == 0 and a.zero_std == 1:
+            tqdm.write(explain_dead(s))
     batches = [Batch(s.repeated(), s.completions, a) for s, a in zip(shares, advantages, strict=True)]
     first = [_descend(s.run, b) for s, b in zip(shares, batches, strict=True)]
     clock.mark()

@@ -20,7 +20,7 @@ from tinylora.rl.config import TrainConfig
 from tinylora.rl.consistency import fix_capacity
 from tinylora.rl.inputs import Inputs
 from tinylora.rl.memory import plan_memory
-from tinylora.rl.policy import adapter_of, baseline_of, new_policy
+from tinylora.rl.policy import adapter_of, baseline_of, learning_rate_of, new_policy
 from tinylora.rl.rewards import load_reward
 from tinylora.rl.run_directory import V_IN_METRICS, Metrics, RunDirectory, is_step
 
@@ -51,7 +51,8 @@ class Run:
             fix_capacity(self.policy, inputs.prompts, self.sampling())
         self.plan = plan_memory(self.model, longest + config.max_completion_length, sequences, config.microbatch_tokens)
         self.expected: dict[int, float] = {}  # mean completion length of each training row, as last sampled
-        self.optimizer = torch.optim.Adam(self.policy.named_parameters().values(), lr=config.learning_rate)
+        self.learning_rate = learning_rate_of(self.policy, config)
+        self.optimizer = torch.optim.Adam(self.policy.named_parameters().values(), lr=self.learning_rate)
         self.step, self.num_tokens = 0, 0
         self.stop = False
         about = {
@@ -105,7 +106,7 @@ class Run:
             raise InputError(f"step {self.step + 1}: the gradient is not finite; lower --learning-rate")
         if self.config.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        learning_rate = self.config.learning_rate * self._schedule(self.step)
+        learning_rate = self.learning_rate * self._schedule(self.step)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
         return {"grad_norm": norm, "learning_rate": learning_rate}

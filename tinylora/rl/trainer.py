@@ -63,7 +63,8 @@ class Trainer(Run):
 
     def before_and_after(self) -> str:
         """The table of the base and of the adapter as it is now."""
-        return summary(self.evaluate(0), self.evaluate(self.step))
+        assert self.grader is not None
+        return summary(self.evaluate(0), self.evaluate(self.step), self.grader.answer_format)
 
     def _scores(self, rows: list[dict[str, Any]], step: int) -> Scores:
         c = self.config

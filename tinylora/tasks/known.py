@@ -99,7 +99,7 @@ def _olympiad(row: Raw) -> tuple[str, str]:
 
 BOTH, TEST, ALL_IS_TEST = {"train": "train", "test": "test"}, {"test": "test"}, {"test": "train"}
 KNOWN = {
-    "gsm8k": Known("openai/gsm8k", "main", BOTH, gsm8k, "gsm8k-hash"),
+    "gsm8k": Known("openai/gsm8k", "main", BOTH, gsm8k),
     "math": Known("DigitalLearningGmbH/MATH-lighteval", None, BOTH, _math),
     "math500": Known("HuggingFaceH4/MATH-500", None, TEST, _problem),
     "aime24": Known("HuggingFaceH4/aime_2024", None, ALL_IS_TEST, _problem),

@@ -2,7 +2,7 @@ r"""Prompt styles: how a question is put to a model, in the words that published
 
     qwen-boxed   Qwen2.5-Math's system prompt; SimpleRL evaluates with the same words. Answers in \boxed{}
     gsm8k-hash   verl's suffix for GSM8K. Answers after "####"
-    plain        the question alone; strict still reads the task's own format, which nobody asked for then
+    plain        the question alone; strict still reads \boxed{}, which nobody asked for then
 
 The chat template is the model's own in all of them, with whatever system prompt it adds by itself.
 """
@@ -14,7 +14,7 @@ Messages = list[dict[str, str]]
 
 QWEN_BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 GSM8K_HASH = ' Let\'s think step by step and output the final answer after "####".'
-FORMATS = {"qwen-boxed": "boxed", "gsm8k-hash": "hash"}  # what strict extraction holds an answer to; plain: the task's own
+FORMATS = {"qwen-boxed": "boxed", "gsm8k-hash": "hash"}  # what strict extraction holds an answer to
 
 
 def messages(question: str, style: str) -> Messages:
