@@ -1,8 +1,9 @@
 """Peak memory of one GRPO step, ours beside TRL's, each in a process of its own: python -m bench.memory
 
 Of --model NAME|DIRECTORY|GGUF. One prompt of about 150 tokens, 8 completions of up to --longest, fp32 on a CPU and bf16 on a
-GPU, one microbatch, no gradient checkpointing, the same trained numbers. On a CPU what is reported is the process's peak
-resident size beyond what it held with the model loaded and the trainer built; on a GPU the allocator's.
+GPU where --dtype and --peer-dtype say nothing else, one microbatch, no gradient checkpointing, the same trained numbers. On a
+CPU what is reported is the process's peak resident size beyond what it held with the model loaded and the trainer built; on a
+GPU the allocator's.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from bench.measure import card, print_json
-from bench.models import CHOICES, model_directory
+from bench.models import CHOICES, add_dtypes, model_directory
 from tinylora.cli import table
 
 SAMPLES = 8
@@ -52,6 +53,7 @@ def settings(path: Path, prompts: int, samples: int, longest: int, device: str, 
     """Of a run in which no group is dead, in one microbatch; its rows are written into `scratch`."""
     (scratch / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows(max(20, 2 * prompts))))
     found: dict[str, Any] = {"model": str(path), "dataset": "gsm8k", "data": str(scratch / "rows.jsonl"), "eval_size": 0}
+    found["prompt_style"] = "plain"  # as the peers' rows are
     found |= {
         "u": 13,
         "n_tie": "all",
@@ -64,11 +66,11 @@ def settings(path: Path, prompts: int, samples: int, longest: int, device: str, 
     return found | {"reward": "bench.memory:alternating", "dtype": "float32" if device == "cpu" else "bfloat16"}
 
 
-def ours(path: Path, longest: int, device: str, scratch: Path) -> dict[str, float]:
+def ours(path: Path, longest: int, device: str, dtype: str, scratch: Path) -> dict[str, float]:
     from tinylora.rl.config import TrainConfig
     from tinylora.rl.trainer import Trainer
 
-    trainer = Trainer(TrainConfig(**settings(path, 1, SAMPLES, longest, device, scratch)))
+    trainer = Trainer(TrainConfig(**settings(path, 1, SAMPLES, longest, device, scratch) | {"dtype": dtype}))
     before = held(device)
     row = trainer._train_step()
     return {"before": before, "peak": peak(device), "tokens": row["completions/mean_length"], "seconds": row["step_time"]}
@@ -79,7 +81,7 @@ def alternating(completions: list[Any], **_: Any) -> list[float | None]:
     return [float(i % 2) for i in range(len(completions))]
 
 
-def trl(path: Path, longest: int, device: str, scratch: Path) -> dict[str, float]:
+def trl(path: Path, longest: int, device: str, dtype: str, scratch: Path) -> dict[str, float]:
     import time
 
     from datasets import Dataset
@@ -88,8 +90,7 @@ def trl(path: Path, longest: int, device: str, scratch: Path) -> dict[str, float
 
     from bench.rollout import peer
 
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = peer(path, dtype, device)
+    model = peer(path, getattr(torch, dtype), device)
     lengths: list[int] = []
 
     def reward(completion_ids: list[Any], **_: Any) -> list[float]:
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--model", default="qwen0.5b", help=CHOICES)
     parser.add_argument("--longest", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_dtypes(parser, "bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--json", help="a file for the last line too")
     parser.add_argument("--only", choices=["ours", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--path", help=argparse.SUPPRESS)
@@ -137,13 +139,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if o.only:
             warnings.filterwarnings("ignore")
-            print(json.dumps({"ours": ours, "trl": trl}[o.only](Path(o.path), o.longest, o.device, Path(scratch))))
+            print(json.dumps({"ours": ours, "trl": trl}[o.only](Path(o.path), o.longest, o.device, o.dtype, Path(scratch))))
             return
         dtype = torch.float32 if o.device == "cpu" else torch.bfloat16
         path, found = model_directory(o.model, Path(scratch), dtype), {}
-        for name in ("ours", "trl"):
+        for name, own in (("ours", o.dtype), ("trl", o.peer_dtype)):
             command = [sys.executable, "-m", "bench.memory", "--only", name, "--path", str(path), "--device", o.device]
-            done = subprocess.run([*command, "--longest", str(o.longest)], capture_output=True, text=True)
+            done = subprocess.run([*command, "--longest", str(o.longest), "--dtype", own], capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
             found[name] = json.loads(done.stdout.splitlines()[-1])
@@ -152,10 +154,12 @@ def main() -> None:
         [n, *(f"{f[k]:.2f}" for k in ("before", "peak")), f"{f['peak'] - f['before']:.2f}", f"{f['tokens']:.0f}"]
         for n, f in found.items()
     ]
-    print(table([f"{o.model}, 1 x {SAMPLES}", "GB before", "GB peak", "GB of the step", "tokens each"], cells))
+    title = f"{o.model}, 1 x {SAMPLES}, {o.dtype} beside {o.peer_dtype}"
+    print(table([title, "GB before", "GB peak", "GB of the step", "tokens each"], cells))
     extra = {name: f["peak"] - f["before"] for name, f in found.items()}
     ratios = {"peak": found["trl"]["peak"] / found["ours"]["peak"], "step": extra["trl"] / extra["ours"]}
-    print_json({"bench": "memory", **card(), "model": o.model, "device": o.device, "found": found, "ratios": ratios}, o.json)
+    about = {k: getattr(o, k) for k in ("model", "device", "dtype", "peer_dtype")}
+    print_json({"bench": "memory", **card(), **about, "found": found, "ratios": ratios}, o.json)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Models for benchmarks: the built-in one, random weights at Qwen2.5's shapes, which need no download, and files."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -26,6 +27,12 @@ SHAPES = {  # hidden, intermediate, layers, heads, kv_heads, vocabulary, tied he
     "qwen7b": (3584, 18944, 28, 28, 4, 152064, False),
 }
 CHOICES = f"{', '.join(['builtin', *SHAPES])}, a Hugging Face directory or a GGUF file"  # of --model
+
+
+def add_dtypes(parser: argparse.ArgumentParser, default: str) -> None:
+    """Each side's own: what is fastest for one need not be for the other."""
+    for name, whose in (("--dtype", "ours"), ("--peer-dtype", "the peer's")):
+        parser.add_argument(name, default=default, choices=["float32", "bfloat16"], help=f"{whose}; default {default}")
 
 
 def qwen2_config(name: str) -> Qwen2Config:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from bench.measure import Rounds, card, copy_rate, gemm_rate, print_json, quantiles, seconds_in, timed
-from bench.models import CHOICES, gsm8k_like, model_directory, with_peft
+from bench.models import CHOICES, add_dtypes, gsm8k_like, model_directory, with_peft
 from tinylora.adapter.config import TinyLoRAConfig
 from tinylora.adapter.on_decoder import Adapter
 from tinylora.cli import table
@@ -85,10 +85,10 @@ def vllm_engine(path: Path) -> Any:
 def floors(model: Decoder, usage: Usage, mean_length: float, rates: tuple[float, float]) -> tuple[float, float]:
     """Least seconds of a rollout's decode steps by what they move, every step the weights and every token its keys and values,
     and by their FLOP."""
-    size = model.embedding.element_size()
-    parameters = sum(g.weight.numel() for layer in model.layers for g in layer.groups) + model.head.numel()
-    cached = model.config.cache_bytes(size) * mean_length
-    return (usage.steps * parameters * size + usage.tokens * cached) / rates[1], 2 * parameters * usage.tokens / rates[0]
+    weights = [g.weight for layer in model.layers for g in layer.groups] + [model.head]
+    cached = model.config.cache_bytes(model.embedding.element_size()) * mean_length
+    moved = usage.steps * sum(w.nbytes for w in weights) + usage.tokens * cached
+    return moved / rates[1], 2 * sum(w.numel() for w in weights) * usage.tokens / rates[0]
 
 
 def main() -> None:
@@ -103,15 +103,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of each contender, after a short warm-up")
     parser.add_argument("--busy", type=float, default=0.04, help="a CPU round counts if others used at most this share")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    add_dtypes(parser, "bfloat16" if gpu else "float32")
     parser.add_argument("--json", help="a file for the last line too")
     o = parser.parse_args()
     warnings.filterwarnings("ignore")
-    dtype = torch.bfloat16 if o.device.startswith("cuda") else torch.float32
+    dtype = torch.bfloat16 if o.device.startswith("cuda") else torch.float32  # of what is written and of the floor's product
     rates = gemm_rate(8192 if gpu else 1024, 5, o.device, dtype), copy_rate(1 << (30 if gpu else 26), 5, o.device)
     with tempfile.TemporaryDirectory() as scratch:
         path = model_directory(o.model, Path(scratch), dtype)
         o.model = Path(o.model).name  # in the table and the result
-        model, text = load_model(str(path), o.device, str(dtype).removeprefix("torch.")), Text(path)
+        model, text = load_model(str(path), o.device, o.dtype), Text(path)
         adapter = Adapter(model, TinyLoRAConfig(u=13, n_tie="all"))
         with torch.no_grad():
             matrices = adapter.matrices(torch.full_like(adapter.v, 0.01))
@@ -122,7 +123,7 @@ def main() -> None:
         if limits is not None:  # GSM8K's prompts are about 150 tokens; these are repeated to that
             prompts, eos = [(p * 8)[:150] for p in prompts], ()
         s = Sampling(o.longest, eos_ids=eos)
-        theirs = peer(path, dtype, o.device)
+        theirs = peer(path, getattr(torch, o.peer_dtype), o.device)
         engine = vllm_engine(path) if gpu and importlib.util.find_spec("vllm") else None
 
         usages: dict[str, Usage] = {}
@@ -181,7 +182,8 @@ def main() -> None:
         [name, f"{statistics.median(x) * 1e3:,.0f}", f"{rate[name]:,.0f}", f"{rate['ours'] / rate[name]:.2f}"]
         for name, x in seconds.items()
     ]
-    print(table([f"{o.model}, {o.prompts} x {o.samples}, lengths {o.lengths}", "ms", "tokens/s", "ours is x"], lines))
+    title = f"{o.model}, {o.prompts} x {o.samples}, lengths {o.lengths}, {o.dtype} beside {o.peer_dtype}"
+    print(table([title, "ms", "tokens/s", "ours is x"], lines))
     occupied = usage.tokens / usage.rows
     spent = statistics.median(seconds["ours"])
     print(
@@ -194,7 +196,9 @@ def main() -> None:
         {
             "bench": "rollout",
             **card(),
-            **{k: getattr(o, k) for k in ("model", "prompts", "samples", "lengths", "longest", "device")},
+            **{
+                k: getattr(o, k) for k in ("model", "prompts", "samples", "lengths", "longest", "device", "dtype", "peer_dtype")
+            },
             "seconds": {name: quantiles(x) for name, x in seconds.items()},
             "tokens": {name: statistics.mean(x) for name, x in tokens.items()},
             "tokens_per_second": rate,

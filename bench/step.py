@@ -3,7 +3,7 @@
     rollout     8 completions of 16 prompts: ours; transformers generate on a PEFT TinyLoRA model
     whole step  rollout, reward, update:     ours; TRL's GRPOTrainer on a PEFT TinyLoRA model
 
-All in one process, interleaved step by step, fp32, same prompts per step, samples, cap, temperature and trained numbers, on the
+All in one process, interleaved step by step, same prompts per step, samples, cap, temperature and trained numbers, on the
 built-in base or another model. Rewards on another model alternate, on both sides: with few right answers most groups are dead,
 and ours leaves those out of its update while TRL does not. The learning rate is 0, so every policy stays the base and the
 completions stay equally long on average (printed). TRL runs without gradient checkpointing and in one microbatch. Rounds in
@@ -26,14 +26,14 @@ import torch
 
 from bench.measure import Rounds, card, gemm_rate, print_json, quantiles
 from bench.memory import alternating
-from bench.models import CHOICES, model_directory
+from bench.models import CHOICES, add_dtypes, model_directory
 from tinylora.cli import table
 from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
 from tinylora.rl.trainer import Trainer
 from tinylora.tasks.grading import grade
 
 
-def peers(ours: Trainer, directory: Path, steps: int, on_round: Any) -> None:
+def peers(ours: Trainer, directory: Path, steps: int, dtype: torch.dtype, on_round: Any) -> None:
     """Drive TRL's trainer for `steps` steps; after each, call on_round(its seconds, its mean length, the PEFT model)."""
     from datasets import Dataset
     from peft import TinyLoraConfig, get_peft_model
@@ -43,7 +43,7 @@ def peers(ours: Trainer, directory: Path, steps: int, on_round: Any) -> None:
     c = ours.config
     tokenizer = PreTrainedTokenizerFast.from_pretrained(ours.model.path, padding_side="left")
     gpu = ours.model.device.type == "cuda"
-    model = AutoModelForCausalLM.from_pretrained(ours.model.path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(ours.model.path, dtype=dtype)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(model, TinyLoraConfig(r=2, u=13, weight_tying=1.0, target_modules=targets))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=40, help="tokens a completion may get")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each contender; the first 2 are warm-up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_dtypes(parser, "float32")
     parser.add_argument("--json", help="a file for the last line too")
     o = parser.parse_args()
     rounds, device, count = o.rounds, o.device, o.prompts * o.generations
@@ -118,7 +119,7 @@ def main() -> None:
         settings = (
             BUILTIN_PRESET | same | {"learning_rate": 0.0, "eval_size": 0, "output_dir": f"{scratch}/run", "max_steps": 10**6}
         )
-        settings |= {"model": str(model_directory(o.model, Path(scratch), torch.float32)), "device": device, "dtype": "float32"}
+        settings |= {"model": str(model_directory(o.model, Path(scratch), torch.float32)), "device": device, "dtype": o.dtype}
         settings |= {"prompts_per_step": o.prompts, "num_generations": o.generations, "max_completion_length": o.longest}
         settings |= {"reward": None if o.model == "builtin" else "bench.memory:alternating"}
         ours = Trainer(TrainConfig(**settings))
@@ -153,7 +154,7 @@ def main() -> None:
             tokens["generate"].append(generated / count)
             dead.append(row["frac_reward_zero_std"])
 
-        peers(ours, Path(scratch) / "trl", rounds, on_round)
+        peers(ours, Path(scratch) / "trl", rounds, getattr(torch, o.peer_dtype), on_round)
         if len(seconds["step/ours"]) < 3:
             raise SystemExit(f"only {len(seconds['step/ours'])} undisturbed rounds of {rounds}; other processes were running")
         rate = gemm_rate(8192 if device.startswith("cuda") else 1024, device=device)
@@ -180,7 +181,7 @@ def main() -> None:
         for name, s, n, r, floor in lines
     ]
     model = Path(o.model).name
-    title = f"{model}, {o.prompts} x {o.generations}, {c.num_layers} layers"
+    title = f"{model}, {o.prompts} x {o.generations}, {c.num_layers} layers, {o.dtype} beside {o.peer_dtype}"
     print(table([title, "ms", "tokens each", "tokens/s", "x floor"], cells))
     ratios = {
         "rollout": rate_of["ours"] / rate_of["generate"],
@@ -195,7 +196,7 @@ def main() -> None:
             "bench": "step",
             **card(),
             "model": model,
-            **{k: getattr(o, k) for k in ("prompts", "generations", "longest", "device")},
+            **{k: getattr(o, k) for k in ("prompts", "generations", "longest", "device", "dtype", "peer_dtype")},
             "gemm_gflops": rate / 1e9,
             "seconds": {name: quantiles(s) for name, s in seconds.items()},
             "tokens_each": {name: statistics.mean(n) for name, n in tokens.items()},
