@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 NAMES = ("Anna", "Ben", "Leo", "Lucy", "Mia", "Nina", "Sam", "Tom")
+# Without it SmolLM2 talks on: at temperature 0.5 it takes 50 tokens and 45 % are cut off at 64, with it 20 and none.
+ASK = "Answer in one short sentence."
 THINGS = ("apples", "books", "cards", "coins", "marbles", "pencils", "shells", "stamps")
 TRAIN, TEST, TEST_SHARE = 1024, 512, 4
 
@@ -39,7 +41,7 @@ def rows(test: bool) -> list[str]:
     found: dict[str, str] = {}
     for question, answer, held_out in problems("words"):
         if held_out == test:
-            found[question] = json.dumps({"question": question, "answer": f"#### {answer}"}) + "\n"
+            found[question] = json.dumps({"question": f"{question} {ASK}", "answer": f"#### {answer}"}) + "\n"
         if len(found) == (TEST if test else TRAIN):
             return list(found.values())
     raise AssertionError("the stream has no end")
