@@ -527,7 +527,7 @@ def test_a_plan_with_the_models_own_tokenizer(tmp_path, text_model, capsys):
     assert train.main([*flags, "--num-parameters", "4", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "trained numbers  4 (16 bytes in float32)" in out and "<|user|>What is 1 + 1?" in out
-    assert "learning rate    0.65 % of |W| a step" in out
+    assert "learning rate    0.2% of |W| a step" in out
     assert not (tmp_path / "run").exists()
 
 

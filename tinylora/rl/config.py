@@ -37,7 +37,7 @@ GONE = ("show_prompt", "dry_run", "resume")  # settings in the config.json of ol
 # Where nothing is said: full at a tenth of LoRA's rate (Schulman et al. 2025); on the built-in base larger ones.
 LEARNING_RATES = {"lora": 1e-5, "full": 1e-6}
 # Of tinylora and lora_xs: |change| / |W| of all adapted weights by a step of Adam, at the rate used where none is given.
-RELATIVE_STEP = 0.0065
+RELATIVE_STEP = 0.002
 BUILTIN_LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 
 
@@ -107,7 +107,7 @@ class TrainConfig:
     """Precision v is used and stored in; the optimizer's copy is float32."""
 
     learning_rate: float | None = None
-    """Adam's. Default: the rate at which a step moves the adapted weights by 0.65 % of their norm, which this model's own
+    """Adam's. Default: the rate at which a step moves the adapted weights by 0.2 % of their norm, which this model's own
     factors say (TRL's 1e-6 would not move v); of lora 1e-5, of full 1e-6."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the learning rate after the warm-up; linear and cosine end at zero."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from tinylora.engine.text import Text
 from tinylora.model.config import PROJECTIONS, ModelConfig
 from tinylora.model.loader import load_config, resolve_model
-from tinylora.rl.config import LEARNING_RATES, TrainConfig
+from tinylora.rl.config import LEARNING_RATES, RELATIVE_STEP, TrainConfig
 from tinylora.tasks.sets import Row, load_task, sample_row
 
 FLOPS, BANDWIDTH = 770e12, 4.3e12  # of an H200
@@ -57,7 +57,7 @@ def plan(c: TrainConfig, model: ModelConfig, text: Text | None, row: Row | None)
         held = _bytes(4 * weights + 12 * count)
         adapted_as = f"every weight, by --method {c.method}" if c.method == "full" else f"{len(groups)}, by LoRA of rank {c.r}"
         shape = f"; a second model, its gradients and Adam's state take {held} more"
-    rate = "0.65 % of |W| a step" if c.learning_rate is None else f"{c.learning_rate:g}"
+    rate = f"{RELATIVE_STEP:.1%} of |W| a step" if c.learning_rate is None else f"{c.learning_rate:g}"
     return "\n".join(
         [
             f"model            {c.model}: {model.num_layers} layers, {weights:,} weights in {size}",
