@@ -24,8 +24,8 @@ from tinylora.loading import load_adapter
 from tinylora.model.loader import load_model
 from tinylora.rl import step as step_module
 from tinylora.rl.config import RELATIVE_STEP, TrainConfig
-from tinylora.rl.policy import learning_rate_of
 from tinylora.rl.rewards import random_rewards
+from tinylora.rl.run import learning_rate_of
 from tinylora.rl.run_directory import CLOCK_METRICS
 from tinylora.rl.trainer import Trainer
 from tinylora.tasks.grader import GraderPool

@@ -98,7 +98,7 @@ def answer(
     about = {
         "base": model.base_hash,
         "adapter": None if adapter is None else about_adapter(adapter),
-        "dtype": str(model.weight_dtype),
+        "dtype": [str(model.dtype), str(model.weight_dtype)],
         "device": model.device.type if model.device.type == "cpu" else torch.cuda.get_device_name(model.device),
         "backend": model.backend,
         "versions": [tinylora.__version__, torch.__version__],

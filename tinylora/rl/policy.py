@@ -3,7 +3,7 @@
 from tinylora.adapter.on_decoder import Adapter
 from tinylora.model.decoder import Decoder
 from tinylora.rl.baselines import Baseline
-from tinylora.rl.config import LEARNING_RATES, RELATIVE_STEP, TrainConfig
+from tinylora.rl.config import TrainConfig
 
 Policy = Adapter | Baseline
 
@@ -13,13 +13,6 @@ def new_policy(model: Decoder, c: TrainConfig) -> Policy:
     if c.method in ("lora", "full"):
         return Baseline(model, c.method, c.r, c.target_modules, c.seed)
     return Adapter(model, c.adapter)
-
-
-def learning_rate_of(policy: Policy, c: TrainConfig) -> float:
-    """The run's, or where it names none the policy's own."""
-    if c.learning_rate is not None:
-        return c.learning_rate
-    return LEARNING_RATES[c.method] if isinstance(policy, Baseline) else RELATIVE_STEP / policy.change_per_rate()
 
 
 def baseline_of(policy: Policy) -> Baseline | None:

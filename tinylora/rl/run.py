@@ -16,15 +16,27 @@ import tinylora
 from tinylora import prng
 from tinylora.engine.rollout import Sampling
 from tinylora.errors import InputError
-from tinylora.rl.config import TrainConfig
+from tinylora.rl.config import LEARNING_RATES, RELATIVE_STEP, TrainConfig
 from tinylora.rl.consistency import fix_capacity
 from tinylora.rl.inputs import Inputs
 from tinylora.rl.memory import plan_memory
-from tinylora.rl.policy import adapter_of, baseline_of, learning_rate_of, new_policy
+from tinylora.rl.policy import Policy, adapter_of, baseline_of, new_policy
 from tinylora.rl.rewards import load_reward
 from tinylora.rl.run_directory import V_IN_METRICS, Metrics, RunDirectory, is_step
 
 ORDER_STREAM = 0x0D3  # names the stream of the prompts' order
+
+
+def learning_rate_of(policy: Policy, c: TrainConfig) -> float:
+    """The run's, or where it names none the policy's own. InputError where its factors say nothing."""
+    if c.learning_rate is not None:
+        return c.learning_rate
+    if baseline_of(policy):
+        return LEARNING_RATES[c.method]
+    change = adapter_of(policy).change_per_rate()
+    if not change > 0:
+        raise InputError("the adapted weights' factors are zero, so no rate follows from them: give --learning-rate")
+    return RELATIVE_STEP / change
 
 
 class Run:
