@@ -30,6 +30,7 @@ def machine(result: Result) -> str:
 
 def step_table(result: Result) -> str:
     ms, floor, rate = result["seconds"], result["floor_seconds"], result["rollout_tokens_per_second"]
+    what = f"{result['model']}, {result['prompts']} x {result['generations']}, {dtypes(result)}"
     lines = (
         ("rollout, tinylora", "rollout/ours", rate["ours"], f"{result['ratios']['rollout']:.1f}x in tokens/s"),
         ("rollout, transformers `generate` + PEFT", "rollout/generate", rate["generate"], ""),
@@ -40,8 +41,20 @@ def step_table(result: Result) -> str:
     for label, name, tokens, ratio in lines:
         seconds = ms[name]["median"]
         per_second = f"{tokens:,.0f}" if tokens else ""
-        rows.append([label, f"{seconds * 1e3:.0f}", per_second, f"{seconds / floor[name.split('/')[0]]:.1f}", ratio])
-    return markdown(["", "ms", "tokens/s", "x floor", "ratio"], rows)
+        rows.append([label, f"{seconds * 1e3:,.0f}", per_second, f"{seconds / floor[name.split('/')[0]]:.1f}", ratio])
+    return markdown([what, "ms", "tokens/s", "x floor", "ratio"], rows)
+
+
+def dtypes(result: Result) -> str:
+    """Each side's, the peers' where they are not ours."""
+    ours, theirs = result.get("dtype", "float32"), result.get("peer_dtype", "float32")
+    return ours if ours == theirs else f"{ours} beside {theirs}"
+
+
+def busy_line(result: Result) -> str:
+    quiet, busy = (result["seconds"][name]["median"] * 1e3 for name in ("quiet", "busy"))
+    ratio = f"{result['ratio']:.2f} times as long"
+    return f"A step of the built-in job beside a busy process: {busy:.0f} ms, quiet {quiet:.0f} ms, {ratio}."
 
 
 def attach_line(result: Result) -> str:
@@ -64,8 +77,8 @@ def rollout_table(result: Result) -> str:
 def memory_line(result: Result) -> str:
     ours, trl = (result["found"][name]["peak"] for name in ("ours", "trl"))
     return (
-        f"Peak memory of a process that loads {result['model']} and makes one step of 8 completions: {ours:.1f} GB, "
-        f"with TRL and PEFT {trl:.1f} GB: {ours / trl:.2f} of it."
+        f"Peak memory of a process that loads {result['model']} and makes one step of 8 completions, {dtypes(result)}: "
+        f"{ours:.1f} GB, with TRL and PEFT {trl:.1f} GB: {ours / trl:.2f} of it."
     )
 
 
@@ -94,6 +107,7 @@ WRITERS = {
     "rollout": rollout_table,
     "population": population_table,
     "memory": memory_line,
+    "busy": busy_line,
     "layers": layers_table,
     "ops": ops_tables,
     "attach": attach_line,
@@ -108,27 +122,32 @@ def section(results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
+def span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds * 1e3:.0f} ms"
+
+
+def short(model: str) -> str:
+    """A model file's name without its kind: Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf is Qwen2.5-Coder-0.5B."""
+    return model.split("-Instruct")[0]
+
+
 def beside(result: Result) -> list[list[str]]:
     """The README's rows of a result: what, ours, what stands beside it, and its ratio. None of most results."""
     kind = result["bench"]
     if kind == "step":
         rate, seconds = result["rollout_tokens_per_second"], result["seconds"]
-        ours, trl = (f"{seconds[f'step/{name}']['median'] * 1e3:.0f} ms" for name in ("ours", "trl"))
+        ours, trl = (span(seconds[f"step/{name}"]["median"]) for name in ("ours", "trl"))
         rollout, step = (f"{result['ratios'][name]:.1f}x as fast" for name in ("rollout", "step"))
+        if result["model"] == "builtin":
+            return [["whole GRPO step, the job above", ours, f"{trl}, TRL + PEFT", step]]
         peer = f"{rate['generate']:,.0f} tokens/s, transformers + PEFT"
         return [
-            ["rollout, the job above", f"{rate['ours']:,.0f} tokens/s", peer, rollout],
-            ["whole GRPO step, the job above", ours, f"{trl}, TRL + PEFT", step],
+            [f"rollout, {short(result['model'])}", f"{rate['ours']:,.0f} tokens/s", peer, rollout],
+            [f"whole GRPO step, {short(result['model'])}", ours, f"{trl}, TRL + PEFT", step],
         ]
-    if kind == "rollout" and result["model"] != "builtin":
-        rate = result["tokens_per_second"]
-        peer = rate["generate + PEFT"]
-        ratio = f"{rate['ours'] / peer:.1f}x as fast"
-        other = f"{peer:,.0f} tokens/s, transformers + PEFT"
-        return [[f"rollout, shapes of {result['model']}", f"{rate['ours']:,.0f} tokens/s", other, ratio]]
     if kind == "memory":
         ours, trl = (result["found"][name]["peak"] for name in ("ours", "trl"))
-        what = f"peak memory of a step, shapes of {result['model']}"
+        what = f"peak memory of a step, {short(result['model'])}"
         return [[what, f"{ours:.1f} GB", f"{trl:.1f} GB, TRL + PEFT", f"{ours / trl:.2f} of it"]]
     if kind == "layers":
         attached, peft = (result["contenders"][name]["x_bare"] for name in ("attached", "PEFT"))

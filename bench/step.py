@@ -26,7 +26,7 @@ import torch
 
 from bench.measure import Rounds, card, gemm_rate, print_json, quantiles
 from bench.memory import alternating
-from bench.models import CHOICES, add_dtypes, model_directory
+from bench.models import CHOICES, add_dtypes, model_directory, with_peft
 from tinylora.cli import table
 from tinylora.rl.config import BUILTIN_PRESET, TrainConfig
 from tinylora.rl.trainer import Trainer
@@ -36,16 +36,13 @@ from tinylora.tasks.grading import grade
 def peers(ours: Trainer, directory: Path, steps: int, dtype: torch.dtype, on_round: Any) -> None:
     """Drive TRL's trainer for `steps` steps; after each, call on_round(its seconds, its mean length, the PEFT model)."""
     from datasets import Dataset
-    from peft import TinyLoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     c = ours.config
     tokenizer = PreTrainedTokenizerFast.from_pretrained(ours.model.path, padding_side="left")
     gpu = ours.model.device.type == "cuda"
-    model = AutoModelForCausalLM.from_pretrained(ours.model.path, dtype=dtype)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(model, TinyLoraConfig(r=2, u=13, weight_tying=1.0, target_modules=targets))
+    model = with_peft(AutoModelForCausalLM.from_pretrained(ours.model.path, dtype=dtype))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == ours.policy.num_parameters, trained
     rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in ours.train_rows[: c.prompts_per_step * (steps + 1)]]

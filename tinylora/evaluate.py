@@ -9,11 +9,11 @@ from tinylora.cli import flag, run_command
 from tinylora.engine.text import Text, fitting_rows
 from tinylora.errors import InputError
 from tinylora.evaluation.answers import answer, versions
-from tinylora.evaluation.scores import EXTRACTORS, Scored, compare, comparison_table
+from tinylora.evaluation.scores import EXTRACTORS, Scored, compare, comparison_table, lengths_table
 from tinylora.files import write_text
 from tinylora.loading import load_adapter
 from tinylora.model.loader import load_model, resolve_model
-from tinylora.rl.config import BUILTIN_PRESET, preset
+from tinylora.rl.config import BUILTIN_PRESET, TrainConfig, preset
 from tinylora.rl.run_directory import v_at_step
 from tinylora.tasks.prompts import PromptStyle
 from tinylora.tasks.sets import Row, load_task
@@ -43,8 +43,8 @@ class EvaluateConfig:
     """How a question is asked: qwen-boxed, gsm8k-hash or plain. auto: plain for builtin, qwen-boxed for the others."""
     show_prompt: bool = False
     """Print the first prompt of each task as the model gets it, and stop."""
-    extractor: Literal["strict", "flexible"] = "strict"
-    """How eval/accuracy reads an answer; both are always reported."""
+    extractor: Literal["strict", "flexible"] | None = None
+    """How eval/accuracy reads an answer; both are always reported. Default: strict for the built-in models, else flexible."""
     eval_size: int | None = None
     """The first so many test problems; default: 1024 of the built-in task, all of any other."""
     num_generations: int = 1
@@ -101,7 +101,9 @@ def main(arguments: list[str]) -> int:
     import tyro  # the commands' alone, as in `train`
 
     c = tyro.cli(EvaluateConfig, args=arguments, prog="python -m tinylora.evaluate")
-    names = c.dataset or (preset(c.model).get("dataset", "gsm8k"),)
+    defaults = preset(c.model)
+    names = c.dataset or (defaults.get("dataset", TrainConfig.dataset),)
+    extractor = c.extractor or defaults.get("extractor", TrainConfig.extractor)
     tasks = {name: load_task(name, None if name == "builtin" else c.data, c.prompt_style, ("test",)) for name in names}
     if empty := [name for name, task in tasks.items() if not task.test]:
         raise InputError(f"--dataset {empty[0]}: there are no test rows")
@@ -152,8 +154,9 @@ def main(arguments: list[str]) -> int:
         if failures:
             print(f"{name}: the grader gave up on {failures} completions, which count as wrong")
         comparison = compare(base, trained)
-        print(comparison_table(name, len(fitting), comparison) + "\n")
-        metrics = (trained or base).metrics(c.extractor)
+        lengths = {who: scored.lengths() for who, scored in policies.items()}
+        print(comparison_table(name, len(fitting), comparison) + "\n\n" + lengths_table(length, lengths) + "\n")
+        metrics = (trained or base).metrics(extractor)
         results["tasks"][name] = {
             "n": len(fitting),
             "prompts_too_long": dropped,
@@ -161,14 +164,15 @@ def main(arguments: list[str]) -> int:
             "answer_format": task.answer_format,
             "grader_failures": failures,
             "scores": comparison,
+            "lengths": lengths,
         }
         lines += samples(name, fitting, text, policies)
         last[name] = metrics
         if trained is not None:
-            pair = comparison[f"avg@{c.num_generations}, {c.extractor}"]["paired"]
+            pair = comparison[f"avg@{c.num_generations}, {extractor}"]["paired"]
             last[name] = {
                 **metrics,
-                **{f"base/{key}": value for key, value in base.metrics(c.extractor).items()},
+                **{f"base/{key}": value for key, value in base.metrics(extractor).items()},
                 **{key: pair[short] for key, short in (("gain", "gain"), ("gain_low", "low"), ("gain_high", "high"))},
                 "num_parameters": results["num_parameters"],
             }

@@ -89,6 +89,11 @@ def test_the_paired_table_and_its_files(tmp_path: Path, adapter: Path) -> None:
     pair = scores["greedy, strict"]["paired"]
     assert pair["low"] <= pair["gain"] <= pair["high"] and 0 <= pair["mcnemar_p"] <= 1 and pair["smallest_visible"] > 0
     assert "mcnemar_p" not in scores["avg@4, strict"]["paired"]
+    for who in ("base", "trained"):  # lengths from the samples' own
+        flat = [line for line in lines if (line["policy"], line["decoding"]) == (who, "sampled")]
+        found = results["tasks"]["builtin"]["lengths"][who]["sampled"]
+        assert found["tokens"] == pytest.approx(sum(line["tokens"] for line in flat) / 240, abs=1e-9)
+        assert found["cut_off"] == pytest.approx(sum(not line["finished"] for line in flat) / 240, abs=1e-12)
     one = lines[0]
     assert one["prompt"].endswith("<|assistant|>") and one["finished"] and one["strict"]["answer"] in one["completion"]
     table = out.splitlines()[0]

@@ -43,7 +43,8 @@ def test_recipes_of_real_models(recipe: Path) -> None:
     config = parse(["--config", str(recipe)])
     assert config.prompts_per_step * config.num_generations >= 64 and config.max_steps >= 40
     text = recipe.read_text()
-    named = ("num-parameters", "prompt-style", "extractor", "warmup-steps", "num-generations")
+    numbers = "method" if config.method == "lora_xs" else "num-parameters"
+    named = (numbers, "prompt-style", "extractor", "warmup-steps", "num-generations")
     assert all(f"\n{name} =" in text for name in named)
     if config.data is not None:
         task = load_task(config.dataset, str(REAL.parents[1] / config.data), config.prompt_style)

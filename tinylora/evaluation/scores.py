@@ -82,6 +82,15 @@ class Scored:
         """How many of its sampled answers are right, for each problem."""
         return [sum(v.right[extractor] for v in given) for given in self.sampled_verdicts]
 
+    def lengths(self) -> dict[str, dict[str, float]]:
+        """Of greedy and sampled answers: tokens of one, on average, and the share that was cut off."""
+        found = {}
+        for decoding, answers in (("greedy", self.greedy), ("sampled", self.sampled)):
+            flat = [a for given in answers for a in given]
+            cut_off = sum(not a["finished"] for a in flat) / len(flat)
+            found[decoding] = {"tokens": sum(a["tokens"] for a in flat) / len(flat), "cut_off": cut_off}
+        return found
+
     def metrics(self, extractor: str) -> dict[str, float | int]:
         """The names that a training run's evaluation rows have."""
         n, k = len(self.sampled), len(self.sampled[0])
@@ -162,6 +171,15 @@ def comparison_table(task: str, n: int, rows: dict[str, Any]) -> str:
         lines.append(cells)
     trained = ["trained [95 %]", "paired gain [95 %]", "McNemar p", "smallest visible"]
     return table([f"{task}, {n} problems", "base [95 %]", *(trained if len(lines[0]) > 2 else [])], lines)
+
+
+def lengths_table(limit: int, lengths: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The table of `Scored.lengths`, by policy."""
+    rows = [
+        [kind, *(f"{of[kind]['tokens']:.0f} tokens, {of[kind]['cut_off']:.1%} cut off" for of in lengths.values())]
+        for kind in ("greedy", "sampled")
+    ]
+    return table([f"at most {limit} tokens", *lengths], rows)
 
 
 def _interval(cell: dict[str, float]) -> str:

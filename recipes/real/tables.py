@@ -1,0 +1,181 @@
+"""Committed runs of recipes/real -> their part of docs/real-models.md and README.md, and a figure and ten answers of each.
+
+    python recipes/real/tables.py
+
+Reads config.json, metrics.jsonl and evaluation/results.json of every run under docs/real-models. evaluation/samples.jsonl is
+not committed (MB): where it lies, ten.md is written from it. Nothing is measured here, so running it twice changes nothing.
+"""
+
+import importlib.util
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from tinylora.rl.config import RELATIVE_STEP
+from tinylora.rl.run_directory import is_step
+
+ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- runs -->", "<!-- /runs -->"
+RUNS = {  # folder of docs/real-models: what it is
+    "qwen-coder-0.5b-gsm8k": "(a) Qwen2.5-Coder-0.5B-Instruct, GSM8K, 13 numbers",
+    "smollm2-words": "(b) SmolLM2-135M-Instruct, words, 13 numbers",
+    "qwen-coder-0.5b-random": "(c) The control of (a): a fair coin for a reward",
+    "smollm2-words-bottom": "(d) (b) in the bottom singular vectors",
+    "smollm2-words-lora-xs": "(d) (b) with LoRA-XS, 840 numbers",
+}
+TEN = range(0, 400, 40)  # the problems whose answers are shown, chosen before any run
+PART = 10  # steps of one row of a run's table
+
+Run = dict[str, Any]  # "config", "steps" and, where the run was evaluated, "results"
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def load(folder: Path) -> Run:
+    run: Run = {"config": json.loads((folder / "config.json").read_text())}
+    run["steps"] = [row for row in lines_of(folder / "metrics.jsonl") if is_step(row)]
+    results = folder / "evaluation" / "results.json"
+    if results.exists():
+        [run["results"]] = json.loads(results.read_text())["tasks"].values()
+    return run
+
+
+# ---- one run ------------------------------------------------------------------------------------------------------------
+
+
+def facts(run: Run) -> str:
+    s, config, steps = run["config"]["settings"], run["config"], run["steps"]
+    seconds, tokens = sum(row["step_time"] for row in steps), steps[-1]["num_tokens"]
+    rate = f"rate {steps[0]['learning_rate']:.2g}, {RELATIVE_STEP:.1%} of \\|W\\| a step"
+    return (
+        f"{len(steps)} of {config['max_steps']} steps of {s['prompts_per_step']} x {s['num_generations']} completions, "
+        f"{config['num_parameters']} trained numbers, {rate}, one seed ({s['seed']}), temperature {s['temperature']:g}, "
+        f"at most {s['max_completion_length']} tokens, {s['dtype']}. {seconds / 3600:.1f} hours, "
+        f"{tokens / seconds:.0f} tokens/s over whole steps, prompts included."
+    )
+
+
+def curve(run: Run) -> str:
+    """Means of ten steps a row. A reward is of the completions that the step trained on."""
+    rows = []
+    for start in range(0, len(run["steps"]), PART):
+        part = run["steps"][start : start + PART]
+        shares = ("reward", "accuracy/strict", "accuracy/flexible", "frac_reward_zero_std", "completions/clipped_ratio")
+        reward, strict, flexible, dead, cut_off = (mean([row[name] for row in part]) for name in shares)
+        cells = [f"{part[0]['step']}-{part[-1]['step']}", f"{reward:.3f}", f"{strict:.1%}", f"{flexible:.1%}"]
+        cells += [f"{1 - dead:.0%}", f"{cut_off:.1%}", f"{mean([row['completions/mean_length'] for row in part]):.0f}"]
+        rows.append([*cells, f"{part[-1]['adapter/relative_change']:.2%}"])
+    header = ["steps", "reward", "strict", "flexible", "live groups", "cut off", "tokens each", "moved, at the last"]
+    return markdown(header, rows)
+
+
+def gain(cell: dict[str, float]) -> str:
+    return f"{cell['gain']:+.1%} [{cell['low']:+.1%}, {cell['high']:+.1%}]"
+
+
+def before_and_after(run: Run) -> str:
+    """The base and the trained model on the same held-out problems."""
+    results, t = run["results"], run["config"]["settings"]["temperature"]
+    scores, lengths = results["scores"], results["lengths"]
+    rows = []
+    for decoding, key in (("greedy", "greedy"), (f"sampled at {t:g}", "avg@1")):
+        for extractor in ("strict", "flexible"):
+            row = scores[f"{key}, {extractor}"]
+            base, trained = (f"{row[who]['accuracy']:.1%}" for who in ("base", "trained"))
+            rows.append([f"{decoding}, {extractor}", base, trained, gain(row["paired"])])
+    for decoding in ("greedy", "sampled"):
+        cells = [f"{lengths[who][decoding]['cut_off']:.1%} ({lengths[who][decoding]['tokens']:.0f})" for who in lengths]
+        rows.append([f"{decoding}, cut off (tokens each)", *cells, ""])
+    return markdown([f"{results['n']} held-out problems", "base", "trained", "paired gain [95 %]"], rows) + "\n\n" + form(run)
+
+
+def form(run: Run) -> str:
+    """The share of the gain that is format: what the strict reading gained and the flexible did not."""
+    scores = run["results"]["scores"]
+    strict, flexible = (scores[f"avg@1, {extractor}"]["paired"]["gain"] for extractor in ("strict", "flexible"))
+    said = "no strict gain, so none of it is format"
+    if strict > 0:
+        said = f"{min(1.0, max(0.0, 1 - flexible / strict)):.0%} of the strict gain is format"
+    return f"Sampled, strict {strict:+.1%} and flexible {flexible:+.1%}: {said}."
+
+
+def figure(folder: Path, run: Run) -> None:
+    if importlib.util.find_spec("matplotlib"):
+        from tinylora.studies.run_figures import run_pictures
+
+        (folder / "reward.png").write_bytes(run_pictures(run["steps"], run["config"]["settings"])[0].png)
+
+
+def ten_answers(folder: Path) -> None:
+    """ten.md, from samples.jsonl: greedy answers of base and trained model."""
+    found: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for line in lines_of(folder / "evaluation" / "samples.jsonl"):
+        if line["problem"] in TEN and line["decoding"] == "greedy":
+            found[line["problem"]][line["policy"]] = line
+    parts = [f"# Ten greedy answers before and after: {RUNS[folder.name]}", f"Problems {', '.join(map(str, TEN))}."]
+    for problem, answers in found.items():
+        parts += [f"## Problem {problem}, gold {answers['base']['gold']}", f"~~~text\n{answers['base']['prompt'].strip()}\n~~~"]
+        for who, a in answers.items():
+            verdict = ", ".join(f"{e} {'right' if a[e]['right'] else 'wrong'}" for e in ("strict", "flexible"))
+            ended = "" if a["finished"] else ", cut off"
+            parts += [f"{who}: {verdict}, {a['tokens']} tokens{ended}", f"~~~text\n{a['completion'].strip()}\n~~~"]
+    (folder / "ten.md").write_text("\n\n".join(parts) + "\n")
+
+
+# ---- all of them --------------------------------------------------------------------------------------------------------
+
+
+def section(runs: dict[str, Run]) -> str:
+    parts = []
+    for name, run in runs.items():
+        parts += [f"### {RUNS[name]}", facts(run), curve(run), f"![reward]({'real-models/' + name}/reward.png)"]
+        if "results" in run:
+            parts += [before_and_after(run), f"[Ten answers before and after](real-models/{name}/ten.md)"]
+    return "\n\n".join(parts)
+
+
+def readme(runs: dict[str, Run]) -> str:
+    """What the real models gained, for the README's first screen."""
+    rows = []
+    for name, run in runs.items():
+        if "results" in run:
+            cells = [RUNS[name]]
+            for key in ("greedy", "avg@1"):
+                row = run["results"]["scores"][f"{key}, flexible"]
+                cells += [f"{row['base']['accuracy']:.1%} -> {row['trained']['accuracy']:.1%}", gain(row["paired"])]
+            rows.append(cells)
+    return markdown(["one seed each, flexible reading", "greedy", "paired gain [95 %]", "sampled", "paired gain [95 %]"], rows)
+
+
+def between(text: str, inner: str) -> str:
+    """`text` with `inner` between its marks."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{inner}\n\n{END}{rest.split(END)[1]}"
+
+
+def main(root: Path = ROOT) -> None:
+    folders = [root / "docs" / "real-models" / name for name in RUNS]
+    runs = {f.name: load(f) for f in folders if (f / "metrics.jsonl").exists()}
+    for folder in folders:
+        if folder.name in runs:
+            figure(folder, runs[folder.name])
+        if (folder / "evaluation" / "samples.jsonl").exists():
+            ten_answers(folder)
+    for page, inner in (("docs/real-models.md", section(runs)), ("README.md", readme(runs))):
+        path = root / page
+        path.write_text(between(path.read_text(), inner))
+
+
+if __name__ == "__main__":
+    main()
