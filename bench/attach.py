@@ -14,10 +14,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from bench.measure import card, foreign_load, print_json, timed
+from bench.measure import card, print_json, timed
 from bench.ops import MODELS
 from tinylora.adapter.factors import compute_basis
 from tinylora.model.config import PROJECTIONS, module_name
+from tinylora.waiting import Load
 
 
 def gaussian(layers: int, model: str, device: str) -> dict[str, Tensor]:
@@ -49,9 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     weights = gaussian(options.layers, options.model, options.device)
     with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, {"TINYLORA_CACHE": cache}):
-        then, _ = foreign_load(None)
+        others = Load()
         cold, factors = timed(lambda: compute_basis(weights, options.r, "bench"))
-        _, load = foreign_load(then)
+        load = others.others() / (os.cpu_count() or 1)
         warm, again = timed(lambda: compute_basis(weights, options.r, "bench"))
         (file,) = Path(cache).iterdir()
         size = file.stat().st_size

@@ -10,12 +10,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 from bench.measure import card, print_json, quantiles
 from tinylora.cli import table
 from tinylora.rl.config import TrainConfig, preset
 from tinylora.rl.trainer import Trainer
+from tinylora.waiting import PERIOD, watch
 
 
 def main() -> None:
@@ -24,12 +26,14 @@ def main() -> None:
     parser.add_argument("--json", help="a file for the last line too")
     o = parser.parse_args()
     seconds: dict[str, list[float]] = {"quiet": [], "busy": []}
+    watch()
     with tempfile.TemporaryDirectory() as scratch:
         settings: dict[str, Any] = preset() | {"learning_rate": 0.0, "eval_size": 0, "output_dir": f"{scratch}/run"}
         trainer = Trainer(TrainConfig(**settings | {"max_steps": 10**6}))
         for turn in range(o.rounds + 1):
             for name in seconds if turn % 2 else reversed(seconds):
                 other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if name == "busy" else None
+                time.sleep(3 * PERIOD)  # the threads have seen it by then
                 try:
                     spent = trainer._train_step()["step_time"]
                 finally:

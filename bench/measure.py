@@ -18,6 +18,7 @@ from unittest.mock import patch
 import torch
 
 from tinylora.kernels.products import onednn_linear
+from tinylora.waiting import Load
 
 ROUND_SECONDS = 0.25  # least length of a CPU round: the kernel tells who used the cores in ticks of 10 ms
 
@@ -132,11 +133,11 @@ class Rounds:
         """most: the share of all cores that others may use in a round that counts."""
         self.kept = self.dropped = 0
         self._warm_up, self._most = warm_up, most
-        self._then, _ = foreign_load(None)
+        self._load = Load()
 
     def keep(self) -> bool:
         """At the end of a round: whether it counts."""
-        self._then, load = foreign_load(self._then)
+        load = self._load.others() / (os.cpu_count() or 1)
         if self._warm_up > 0:
             self._warm_up -= 1
             return False
@@ -211,19 +212,6 @@ def peak_extra_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
     return max(held, default=0)
-
-
-def foreign_load(before: tuple[float, float] | None) -> tuple[tuple[float, float], float]:
-    """Share of the machine that other processes used since `before`, from /proc/stat; 0 where there is none."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return (0.0, time.perf_counter()), 0.0
-    ticks = [float(x) for x in stat.read_text().splitlines()[0].split()[1:9]]
-    busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK") - time.process_time()
-    now = (busy, time.perf_counter())
-    if before is None:
-        return now, 0.0
-    return now, max(0.0, (now[0] - before[0]) / ((now[1] - before[1]) * (os.cpu_count() or 1)))
 
 
 def write_json(result: dict[str, Any], path: str | None) -> None:

@@ -42,7 +42,8 @@ def step_table(result: Result) -> str:
         seconds = ms[name]["median"]
         per_second = f"{tokens:,.0f}" if tokens else ""
         rows.append([label, f"{seconds * 1e3:,.0f}", per_second, f"{seconds / floor[name.split('/')[0]]:.1f}", ratio])
-    return markdown([what, "ms", "tokens/s", "x floor", "ratio"], rows)
+    floors = f"x floor of {result.get('floor_dtype', 'float32')} products"
+    return markdown([what, "ms", "tokens/s", floors, "ratio"], rows)
 
 
 def dtypes(result: Result) -> str:

@@ -8,8 +8,8 @@ built-in base or another model. Rewards on another model alternate, on both side
 and ours leaves those out of its update while TRL does not. The learning rate is 0, so every policy stays the base and the
 completions stay equally long on average (printed). TRL runs without gradient checkpointing and in one microbatch. Rounds in
 which other processes used over 4 % of the machine are dropped, and counted. The floor is the step's matrix FLOP (2P a token in
-the rollout with prompts once per group, 4P in the update with no group left out) at the rate of a 1024^3 product measured in
-the same run.
+the rollout with prompts once per group, 4P in the update with no group left out) at the rate of a 1024^3 product in our dtype,
+measured in the same run.
 """
 
 import argparse
@@ -154,7 +154,7 @@ def main() -> None:
         peers(ours, Path(scratch) / "trl", rounds, getattr(torch, o.peer_dtype), on_round)
         if len(seconds["step/ours"]) < 3:
             raise SystemExit(f"only {len(seconds['step/ours'])} undisturbed rounds of {rounds}; other processes were running")
-        rate = gemm_rate(8192 if device.startswith("cuda") else 1024, device=device)
+        rate = gemm_rate(8192 if device.startswith("cuda") else 1024, device=device, dtype=getattr(torch, o.dtype))
         c = ours.model.config
         parameters = sum(g.weight.numel() for layer in ours.model.layers for g in layer.groups) + ours.model.head.numel()
         prompt = statistics.mean(len(ours.text.prompt(r["prompt"])) for r in ours.train_rows[:512])
@@ -195,6 +195,7 @@ def main() -> None:
             "model": model,
             **{k: getattr(o, k) for k in ("prompts", "generations", "longest", "device", "dtype", "peer_dtype")},
             "gemm_gflops": rate / 1e9,
+            "floor_dtype": o.dtype,
             "seconds": {name: quantiles(s) for name, s in seconds.items()},
             "tokens_each": {name: statistics.mean(n) for name, n in tokens.items()},
             "rollout_tokens_per_second": rate_of,

@@ -1,6 +1,5 @@
 """What an import costs and needs: the face and grading load no PyTorch, and no file needs Triton to be imported."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,17 +30,6 @@ def without(names: list[str], code: str) -> subprocess.CompletedProcess[str]:
 def test_the_face_and_grading_load_no_torch(module: str) -> None:
     done = without(["torch", "triton", "transformers", "numpy"], f"import {module}\nassert 'torch' not in sys.modules")
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("given", "wanted"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
-)
-def test_waiting_threads_spin_as_often_as_is_said(given: dict[str, str], wanted: str) -> None:
-    """Before PyTorch is imported, and unless the user's environment says something."""
-    code = "import tinylora, os, sys; assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
-    free = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=free | given)
-    assert done.stdout.strip() == wanted, done.stderr
 
 
 def test_importing_the_face_takes_no_time() -> None:

@@ -14,6 +14,7 @@ RINGS = {
     "tinylora.files": 0,
     "tinylora.hashes": 0,
     "tinylora.prng": 0,
+    "tinylora.waiting": 0,
     "tinylora.cli": 1,
     "tinylora.demo": 1,
     "tinylora.tasks": 1,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tinylora.errors import InputError
+from tinylora.waiting import watch
 
 
 def flag(name: str) -> str:
@@ -48,6 +49,7 @@ def read_settings(path: str, config: type[Any]) -> dict[str, Any]:
 
 def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command; bad input is one line on stderr and exit code 2, a warning is one line there."""
+    watch()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         sys.exit(main(sys.argv[1:]))

@@ -1,13 +1,14 @@
-"""Committed runs of recipes/real -> their part of docs/real-models.md and README.md, and a figure and ten answers of each.
+"""Committed runs of recipes/real -> their part of docs/real-models.md and README.md, and a figure and answers of each.
 
     python recipes/real/tables.py
 
 Reads config.json, metrics.jsonl and evaluation/results.json of every run under docs/real-models. evaluation/samples.jsonl is
-not committed (MB): where it lies, ten.md is written from it. Nothing is measured here, so running it twice changes nothing.
+not committed (MB): where it lies, answers.md is written from it. Nothing is measured here, so running it twice changes nothing.
 """
 
 import importlib.util
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ RUNS = {  # folder of docs/real-models: what it is
     "smollm2-words-lora-xs": "(d) (b) with LoRA-XS, 840 numbers",
 }
 TEN = range(0, 400, 40)  # the problems whose answers are shown, chosen before any run
+CALCULATION = re.compile(r"\d+ *([-+*x]) *\d+ *=")
 PART = 10  # steps of one row of a run's table
 
 Run = dict[str, Any]  # "config", "steps" and, where the run was evaluated, "results"
@@ -117,20 +119,39 @@ def figure(folder: Path, run: Run) -> None:
         (folder / "reward.png").write_bytes(run_pictures(run["steps"], run["config"]["settings"])[0].png)
 
 
-def ten_answers(folder: Path) -> None:
-    """ten.md, from samples.jsonl: greedy answers of base and trained model."""
+def answers(folder: Path) -> None:
+    """answers.md, from samples.jsonl: greedy answers of base and trained model, and of words by what they calculate."""
+    samples = [line for line in lines_of(folder / "evaluation" / "samples.jsonl") if line["decoding"] == "greedy"]
     found: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for line in lines_of(folder / "evaluation" / "samples.jsonl"):
-        if line["problem"] in TEN and line["decoding"] == "greedy":
+    for line in samples:
+        if line["problem"] in TEN:
             found[line["problem"]][line["policy"]] = line
-    parts = [f"# Ten greedy answers before and after: {RUNS[folder.name]}", f"Problems {', '.join(map(str, TEN))}."]
-    for problem, answers in found.items():
-        parts += [f"## Problem {problem}, gold {answers['base']['gold']}", f"~~~text\n{answers['base']['prompt'].strip()}\n~~~"]
-        for who, a in answers.items():
+    parts = [f"# Greedy answers before and after: {RUNS[folder.name]}"]
+    if "words" in folder.name:
+        parts.append(operations(samples))
+    parts.append(f"Ten problems, by their numbers: {', '.join(map(str, TEN))}.")
+    for problem, pair in found.items():
+        parts += [f"## Problem {problem}, gold {pair['base']['gold']}", f"~~~text\n{pair['base']['prompt'].strip()}\n~~~"]
+        for who, a in pair.items():
             verdict = ", ".join(f"{e} {'right' if a[e]['right'] else 'wrong'}" for e in ("strict", "flexible"))
             ended = "" if a["finished"] else ", cut off"
             parts += [f"{who}: {verdict}, {a['tokens']} tokens{ended}", f"~~~text\n{a['completion'].strip()}\n~~~"]
-    (folder / "ten.md").write_text("\n\n".join(parts) + "\n")
+    (folder / "answers.md").write_text("\n\n".join(parts) + "\n")
+
+
+def operations(samples: list[dict[str, Any]]) -> str:
+    """Of the kinds of words.py: the share whose first calculation is of the right kind, and what is right of these."""
+    rows = []
+    for kind, says, signs in (("gets", "gets", "+"), ("gives", "gives away", "-"), ("bags", "bags", "*x")):
+        cells: list[str] = []
+        for who in ("base", "trained"):
+            of = [line for line in samples if line["policy"] == who and says in line["prompt"]]
+            fits = [line for line in of if (m := CALCULATION.search(line["completion"])) and m[1] in signs]
+            right = [sum(line["flexible"]["right"] for line in part) for part in (of, fits)]
+            cells += [f"{right[0] / len(of):.0%}", f"{len(fits) / len(of):.0%}", f"{right[1] / max(1, len(fits)):.0%}"]
+        base, trained = cells[:3], cells[3:]
+        rows.append([f"{kind} ({len(of)})", *(f"{b} -> {t}" for b, t in zip(base, trained, strict=True))])
+    return markdown(["kind of problem", "right", "right operation", "right, where the operation is"], rows)
 
 
 # ---- all of them --------------------------------------------------------------------------------------------------------
@@ -141,7 +162,7 @@ def section(runs: dict[str, Run]) -> str:
     for name, run in runs.items():
         parts += [f"### {RUNS[name]}", facts(run), curve(run), f"![reward]({'real-models/' + name}/reward.png)"]
         if "results" in run:
-            parts += [before_and_after(run), f"[Ten answers before and after](real-models/{name}/ten.md)"]
+            parts += [before_and_after(run), f"[Answers before and after](real-models/{name}/answers.md)"]
     return "\n\n".join(parts)
 
 
@@ -171,7 +192,7 @@ def main(root: Path = ROOT) -> None:
         if folder.name in runs:
             figure(folder, runs[folder.name])
         if (folder / "evaluation" / "samples.jsonl").exists():
-            ten_answers(folder)
+            answers(folder)
     for page, inner in (("docs/real-models.md", section(runs)), ("README.md", readme(runs))):
         path = root / page
         path.write_text(between(path.read_text(), inner))

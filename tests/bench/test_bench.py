@@ -174,31 +174,16 @@ def test_turns_rotate_who_begins_and_which_inputs() -> None:
 
 
 def test_rounds_that_others_disturb_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    loads = iter([0, 0.5, 0.01, 0.2, 0.03, 0.05, 0.04])  # the first is taken at the start, the second is warm-up
-    monkeypatch.setattr(measure, "foreign_load", lambda then: (None, next(loads)))
+    loads = iter([0.5, 0.01, 0.2, 0.03, 0.05, 0.04])  # of the machine; the first is warm-up
+    monkeypatch.setattr(measure.Load, "others", lambda self: next(loads) * (os.cpu_count() or 1))
     rounds = Rounds(warm_up=1)
     assert [rounds.keep() for _ in range(6)] == [False, True, False, True, False, True]
     assert (rounds.kept, rounds.dropped) == (3, 2)
-    monkeypatch.setattr(measure, "foreign_load", lambda then: (None, 1.0))
+    monkeypatch.setattr(measure.Load, "others", lambda self: os.cpu_count() or 1)
     seconds, dropped = in_turns({"a": lambda j: None}, sets=1, rounds=4)
     assert seconds == {"a": []} and dropped == 12  # gives up
     with pytest.raises(SystemExit, match="under 3 timings, 12 rounds dropped"):
         ops.measure(qkv(), (1, 1), "cpu", 4)
-
-
-def test_foreign_load_is_what_others_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Two cores for 10 s: 3 s of work by all, of which 1 s is ours: others used 2 of 20 core seconds."""
-    stat, tick = tmp_path / "stat", os.sysconf("SC_CLK_TCK")
-    clock = iter([100.0, 110.0])
-    own = iter([5.0, 6.0])
-    monkeypatch.setattr(measure, "Path", lambda _: stat)
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(measure.time, "process_time", lambda: next(own))
-    monkeypatch.setattr(measure.os, "cpu_count", lambda: 2)
-    stat.write_text(f"cpu {7 * tick} 0 {tick} {50 * tick} 0 0 0 0 0 0\n")
-    then, _ = measure.foreign_load(None)
-    stat.write_text(f"cpu {9 * tick} 0 {2 * tick} {66 * tick} {tick} 0 0 0 0 0\n")
-    assert measure.foreign_load(then)[1] == pytest.approx(0.1)
 
 
 def test_a_call_is_timed_by_its_mean(monkeypatch: pytest.MonkeyPatch) -> None:
