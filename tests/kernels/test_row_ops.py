@@ -13,7 +13,7 @@ from tinylora.kernels.frozen import FrozenLinear
 from tinylora.kernels.fused_linear import config as linear_config
 from tinylora.kernels.launch import row_config
 from tinylora.kernels.linear import linear, linear_ref
-from tinylora.kernels.products import CHAIN, onednn_keeps_rows, onednn_linear
+from tinylora.kernels.products import CHAIN, FEW, onednn_keeps_rows, onednn_linear
 from tinylora.kernels.rms_norm import rms_norm_ref
 
 T = 24  # a multiple of 8, as every plain op gets it
@@ -190,9 +190,9 @@ def products(monkeypatch):
     monkeypatch.setenv("TINYLORA_BACKEND", "native")
     calls, onednn = [], linear_module.onednn_linear
 
-    def counted(x, w, bias=None):
+    def counted(x, *rest):
         calls.append(x.shape)
-        return onednn(x, w, bias)
+        return onednn(x, *rest)
 
     monkeypatch.setattr(linear_module, "onednn_linear", counted)
     return calls
@@ -237,6 +237,43 @@ def test_products_by_onednn(products, bias, carries, weights):
     for ours, plain, exact in zip((y[:, :N], off, dx[:, :K]), formula(weights), formula(torch.float64), strict=True):
         assert ours.dtype == torch.float32
         assert rms(ours.detach().double() - exact) <= 2 * rms(plain.double() - exact)
+
+
+def bf16_group(N, K):
+    group = FrozenLinear.empty(N, K, False, torch.bfloat16, torch.device("cpu"), around=torch.float32)
+    group.weight.copy_(draw(8)(N, K))
+    return group
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bf16 products")
+@pytest.mark.parametrize("N, K", [(1152, 896), (896, 4864), (56, 72)])
+def test_few_rows_of_bf16_read_blocks(monkeypatch, N, K):
+    """Up to FEW rows, to the bit what more rows get; and never weights that were there before."""
+    group, x, counts = bf16_group(N, K), draw(9)(FEW + 8, K).float(), []
+    by_blocks = products_module._by_blocks
+    monkeypatch.setattr(products_module, "_by_blocks", lambda x, blocks: counts.append(len(x)) or by_blocks(x, blocks))
+    y = linear(x, group, None)
+    assert not counts
+    group.blocks()
+    counts.clear()  # of the comparison
+    for rows in (*range(8, FEW + 1, 24), FEW):
+        assert torch.equal(linear(x[:rows], group, None), y[:rows])
+        assert counts == [rows]
+        counts.clear()
+    group.weight.mul_(2)  # in place, as a baseline writes what it has trained
+    assert torch.equal(linear(x[:8], group, None), 2 * y[:8])
+    randn = draw(10)
+    group.pack([(randn(2, K), randn(N, 2))], [N])  # into a larger buffer
+    assert torch.equal(linear(x[:8], group, None), linear(x, group, None)[:8])
+
+
+def test_blocks_whose_bits_are_others_are_left_out(monkeypatch):
+    group, x = bf16_group(64, 64), draw(9)(8, 64).float()
+    y = linear(x, group, None)
+    group.weight.mul_(1)  # blocks are made anew
+    by_blocks = products_module._by_blocks
+    monkeypatch.setattr(products_module, "_by_blocks", lambda x, blocks: by_blocks(x, blocks) * (1 + (len(x) < 16) * 0.02))
+    assert group.blocks() is None and torch.equal(linear(x, group, None), y)
 
 
 def test_long_sums_are_not_onednns(products):

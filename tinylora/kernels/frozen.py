@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tinylora.kernels import dispatch
 from tinylora.kernels.correction import padded_width, row_stride
+from tinylora.kernels.products import onednn_blocks
 
 SPARE = 24  # rank that a buffer has room for from the start: three segments of rank 8
 
@@ -26,6 +27,7 @@ class FrozenLinear:
         self.Bt = Bt  # (R, N), B transposed and contiguous: s = F.linear(dy, Bt) is twice as fast as dy @ B
         self.buffer: Tensor | None = None  # (padded N, padded K) or more
         self.around = weight.dtype  # dtype of A and B
+        self._blocks: tuple[int, Tensor | None] | None = None  # of `blocks`: the buffer's version, and what was made of it
         self.carries = True  # whether rows of x come with z: if not, a CPU's buffer has neither B nor bias
 
     @classmethod
@@ -50,7 +52,20 @@ class FrozenLinear:
 
     def _allocate(self, rows: int, columns: int, rank: int) -> None:
         self.buffer = self.weight.new_zeros(self._shape(rows, columns, rank))
-        self.weight = self.buffer[:rows, :columns]
+        self.weight, self._blocks = self.buffer[:rows, :columns], None
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether few rows are multiplied with a second copy of the weights: bf16 ones for fp32 rows, on a CPU."""
+        return self.buffer is not None and self.buffer.dtype != self.around
+
+    def blocks(self) -> Tensor | None:
+        """That copy, made anew where the buffer has changed since; None where the weights serve as they lie."""
+        if self.buffer is None or not self.has_blocks:
+            return None
+        if self._blocks is None or self._blocks[0] != self.buffer._version:
+            self._blocks = self.buffer._version, onednn_blocks(self.buffer[: len(self.weight)])
+        return self._blocks[1]
 
     def _shape(self, rows: int, columns: int, rank: int) -> tuple[int, int]:
         """Of a buffer with room for this rank; 0 on a CPU: none."""

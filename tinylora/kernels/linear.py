@@ -22,7 +22,7 @@ from tinylora.kernels import dispatch
 from tinylora.kernels.correction import Correction, empty_rows, padded
 from tinylora.kernels.frozen import FrozenLinear
 from tinylora.kernels.fused_linear import fused_linear
-from tinylora.kernels.products import CHAIN, onednn_linear, two_products
+from tinylora.kernels.products import CHAIN, FEW, onednn_linear, two_products
 
 
 def linear_ref(x: Tensor, group: FrozenLinear) -> Tensor:
@@ -61,7 +61,8 @@ def _forward(x: Tensor, group: FrozenLinear, c: Correction | None) -> Tensor:
         bias = group.bias if buffer.shape[1] == K else None  # otherwise it lies in the buffer
         if bias is None or c is None or buffer.dtype != x.dtype:
             x = x if x.shape[1] == buffer.shape[1] else _pad(x, group, buffer.shape[1])
-            return onednn_linear(x, buffer[:N] if c is None else buffer, bias)
+            blocks = group.blocks() if c is None and len(x) <= FEW else None
+            return onednn_linear(x, buffer[:N] if c is None else buffer, bias, blocks)
     y = padded(len(x), N, c, x)
     if buffer is not None and kind in ("padded", "native", "cuda") and (carries or group.bias is None):
         torch.mm(x, buffer[:N, : x.shape[1]].T, out=y[:, :N])

@@ -1,6 +1,6 @@
 """The memory plan: what weights, keys and values, and the update's activations take, before the first step.
 
-    weights        as they lie in memory
+    weights        as they lie in memory, and bf16 ones on a CPU once more in the order that decode steps read
     cache          keys and values of as many slots as decode at once, or as many as fit
     activations    bytes a token, which the update keeps from forward to backward, times the tokens of a microbatch
 
@@ -64,9 +64,11 @@ def plan_memory(
     """InputError where not even one sequence of the longest kind fits."""
     c, kind = model.config, model.device.type
     size = model.embedding.element_size()
-    weights = [g.weight for each in model.layers for g in each.groups] + [model.embedding]
-    held = sum(w.nbytes for w in weights) + (model.head.nbytes if model.head is not model.embedding else 0)
-    free = free_bytes(model) if free is None else free
+    groups = [g for each in model.layers for g in each.groups]
+    blocks = sum(g.weight.nbytes for g in groups if g.has_blocks)  # made by the first decode step
+    held = sum(g.weight.nbytes for g in groups) + model.embedding.nbytes + blocks
+    held += model.head.nbytes if model.head is not model.embedding else 0
+    free = (free_bytes(model) if free is None else free) - blocks
     per_token, per_position = activation_bytes(model), c.cache_bytes(size)
     tokens, usable = min(microbatch_tokens or max(TOKENS[kind], longest), longest * sequences), int(SHARE * free)
     wanted = per_position * longest * min(sequences, MOST_SLOTS[kind])
