@@ -50,7 +50,7 @@ class Team:
 
     def _hold(self, there: threading.Event) -> None:
         torch = sys.modules["torch"]
-        torch.zeros(torch.get_num_threads() << 16).add_(1)  # large enough for PyTorch to give every thread a part
+        torch.zeros(torch.get_num_threads() << 16, device="cpu").add_(1)  # large enough for PyTorch to give every thread a part
         there.set()
         self._released.wait()
 
