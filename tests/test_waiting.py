@@ -13,16 +13,20 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_load_is_what_others_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Ten seconds: 3 s of work by all, of which 1 s is ours: others used 0.2 processors. Idle and waiting are no work."""
+    """Ten seconds: 2 s of work by all, of which 1 s is ours: others used 0.1 processors. Idle and waiting are no work."""
     stat, tick = tmp_path / "stat", os.sysconf("SC_CLK_TCK")
     clock, own = iter([100.0, 110.0]), iter([5.0, 6.0])
     monkeypatch.setattr(waiting, "STAT", stat)
     monkeypatch.setattr(waiting.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(waiting.time, "process_time", lambda: next(own))
-    stat.write_text(f"cpu {7 * tick} 0 {tick} {50 * tick} 0 0 0 0 0 0\n")
+    monkeypatch.setattr(waiting.os, "sched_getaffinity", lambda _: {0, 2})
+    every = f"cpu {99 * tick} 0 0 0 0 0 0 0 0 0\n"  # the sum and a processor that this process may not use are not asked
+    stat.write_text(every + "".join(f"cpu{i} {7 * tick} 0 {tick} {50 * tick} 0 0 0 0 0 0\n" for i in range(3)))
     load = waiting.Load()
-    stat.write_text(f"cpu {9 * tick} 0 {2 * tick} {66 * tick} {tick} 0 0 0 0 0\n")
-    assert load.others() == pytest.approx(0.2)
+    rows = ((9, 1, 66, 1), (99, 99, 50, 0), (7, 1, 60, 0))  # 2 s of work in the first, and none in the last
+    lines = (f"cpu{i} {u * tick} 0 {s * tick} {d * tick} {w * tick} 0 0 0 0 0\n" for i, (u, s, d, w) in enumerate(rows))
+    stat.write_text(every + "".join(lines))
+    assert load.others() == pytest.approx(0.1)
 
 
 def test_there_is_no_load_where_it_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

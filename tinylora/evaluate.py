@@ -104,6 +104,8 @@ def main(arguments: list[str]) -> int:
     defaults = preset(c.model)
     names = c.dataset or (defaults.get("dataset", TrainConfig.dataset),)
     extractor = c.extractor or defaults.get("extractor", TrainConfig.extractor)
+    if c.data is not None and names == ("builtin",):
+        raise InputError("--data is of other tasks than builtin, which the built-in models have: say --dataset, and --model")
     tasks = {name: load_task(name, None if name == "builtin" else c.data, c.prompt_style, ("test",)) for name in names}
     if empty := [name for name, task in tasks.items() if not task.test]:
         raise InputError(f"--dataset {empty[0]}: there are no test rows")
@@ -155,7 +157,12 @@ def main(arguments: list[str]) -> int:
             print(f"{name}: the grader gave up on {failures} completions, which count as wrong")
         comparison = compare(base, trained)
         lengths = {who: scored.lengths() for who, scored in policies.items()}
-        print(comparison_table(name, len(fitting), comparison) + "\n\n" + lengths_table(length, lengths) + "\n")
+        print(
+            comparison_table(f"{name} of {c.data}" if c.data else name, len(fitting), comparison)
+            + "\n\n"
+            + lengths_table(length, c.temperature, lengths)
+            + "\n"
+        )
         metrics = (trained or base).metrics(extractor)
         results["tasks"][name] = {
             "n": len(fitting),

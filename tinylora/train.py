@@ -64,16 +64,16 @@ def _counted(settings: dict[str, Any], arguments: list[str]) -> tuple[dict[str, 
     count = written if said is None else said
     if count is None:
         return settings, arguments
+    where = " (it is in the --config file)" if said is None else ""
     for name in ("u", "n_tie"):
         if name in settings or split_flag(arguments, flag(name))[0] is not None:
-            raise InputError(f"--num-parameters {count} and {flag(name)}: give one of them")
+            raise InputError(f"--num-parameters {count} and {flag(name)}: give one of them{where}")
     method = split_flag(arguments, "--method")[0] or settings.get("method", "tinylora")
     if method != "tinylora":
-        raise InputError(f"--num-parameters {count}: --method {method} has a count of its own")
-    try:
-        return settings | {"u": int(count), "n_tie": "all"}, arguments
-    except ValueError:
-        raise InputError(f"--num-parameters {count}: it must be a whole number") from None
+        raise InputError(f"--num-parameters {count}: --method {method} has a count of its own, by --r{where}")
+    if not str(count).isdecimal() or int(count) < 1:
+        raise InputError(f"--num-parameters {count}: it must be a whole number, at least 1")
+    return settings | {"u": int(count), "n_tie": "all"}, arguments
 
 
 def dashed(argument: str) -> str:
@@ -96,11 +96,21 @@ def _stored_settings(path: Path) -> dict[str, Any]:
 def describe(trainer: Trainer) -> str:
     c, count = trainer.config, trainer.policy.num_parameters
     batch = f"{c.prompts_per_step} prompts x {c.num_generations} completions"
+    task = f"{c.dataset} of {c.data}" if c.data else c.dataset
     return (
         f"training {count} number{'s' if count > 1 else ''} ({c.method}, {c.algorithm}) on {c.model}, "
-        f"{c.dataset}, {trainer.max_steps} steps of {batch}, learning rate {trainer.learning_rate:.2g}, "
+        f"{task}, {trainer.max_steps} steps of {batch}, learning rate {trainer.learning_rate:.2g}, "
         f"into {trainer.run_directory.path}"
     )
+
+
+def _evaluation(c: TrainConfig, path: Path, step: int) -> str:
+    """The command that scores the adapter after a step of this run: the settings that are not the model's usual ones."""
+    usual = {f.name: f.default for f in fields(TrainConfig)} | preset(c.model) | {"model": TrainConfig.model}
+    asked = ["model", "dataset", "data", "prompt_style", "max_completion_length", "dtype"]
+    asked += ["temperature"] if c.temperature else []  # greedy answers are always given
+    given = [f"{flag(name)} {getattr(c, name)}" for name in asked if getattr(c, name) != usual[name]]
+    return " ".join(["python -m tinylora.evaluate", *given, f"--adapter {path} --adapter-step {step}"])
 
 
 def main(arguments: list[str]) -> int:
@@ -113,6 +123,8 @@ def main(arguments: list[str]) -> int:
         print(first_prompt(config))
         return 0
     trainer = Trainer(config, resume=command.resume)
+    if trainer.step == trainer.max_steps:
+        print(f"the run in {trainer.run_directory.path} is whole: {trainer.step} of {trainer.max_steps} steps")
     print(describe(trainer), trainer.plan, sep="\n", flush=True)
     finished = trainer.train()
     path = trainer.run_directory.path
@@ -120,7 +132,7 @@ def main(arguments: list[str]) -> int:
         print("\n" + trainer.before_and_after())
     if not finished and trainer.dead:
         good = trainer.step - trainer.steps_since_gradient()
-        again = f"python -m tinylora.evaluate --adapter {path} --adapter-step {good}"
+        again = _evaluation(config, path, good)
         print(
             f"\nstopped after step {trainer.step}: nothing to learn from in the last {trainer.config.dead_steps} steps, as "
             "every group's rewards were equal; "

@@ -24,7 +24,7 @@ class Load:
         self._busy, self._at = self._now()
 
     def others(self) -> float:
-        """Processors that other processes used on average since the last look, children that still run among them."""
+        """Processors that other processes, children among them, used of those this one may use, since the last look."""
         (busy, at), (before, then) = self._now(), (self._busy, self._at)
         self._busy, self._at = busy, at
         return max(0.0, (busy - before) / (at - then))
@@ -32,11 +32,13 @@ class Load:
     @staticmethod
     def _now() -> tuple[float, float]:
         """Seconds of processors beside this process's own, and the time."""
-        if not STAT.exists():
-            return 0.0, time.perf_counter()
-        ticks = [float(x) for x in STAT.read_text().splitlines()[0].split()[1:9]]
-        idle = ticks[3] + ticks[4]
-        return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK") - time.process_time(), time.perf_counter()
+        busy = 0.0
+        ours = {f"cpu{i}" for i in os.sched_getaffinity(0)} if STAT.exists() else set()
+        for line in STAT.read_text().splitlines() if ours else ():
+            name, *ticks = line.split()
+            if name in ours:  # user nice system idle iowait irq softirq steal
+                busy += sum(float(t) for i, t in enumerate(ticks[:8]) if i not in (3, 4)) / os.sysconf("SC_CLK_TCK")
+        return busy - time.process_time(), time.perf_counter()
 
 
 class Team:
@@ -49,9 +51,11 @@ class Team:
         there.wait()
 
     def _hold(self, there: threading.Event) -> None:
-        torch = sys.modules["torch"]
-        torch.zeros(torch.get_num_threads() << 16, device="cpu").add_(1)  # large enough for PyTorch to give every thread a part
-        there.set()
+        try:
+            torch = sys.modules["torch"]
+            torch.zeros(torch.get_num_threads() << 16, device="cpu").add_(1)  # so many that every thread gets a part
+        finally:
+            there.set()
         self._released.wait()
 
     def release(self) -> None:
@@ -74,7 +78,8 @@ def _watch() -> None:
 
 def _kept(others: float, team: Team | None) -> Team | None:
     """The team that is there after a look, given the one before. A process without PyTorch, or with one thread, needs none."""
-    busy = others > OTHERS and "torch" in sys.modules and sys.modules["torch"].get_num_threads() > 1
+    threads = getattr(sys.modules.get("torch"), "get_num_threads", lambda: 1)()  # PyTorch may be half imported
+    busy = others > OTHERS and threads > 1
     if busy and team is None:
         return Team()
     if team is not None and not busy:

@@ -13,17 +13,19 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tinylora.rl.config import RELATIVE_STEP
 from tinylora.rl.run_directory import is_step
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- runs -->", "<!-- /runs -->"
 RUNS = {  # folder of docs/real-models: what it is
-    "qwen-coder-0.5b-gsm8k": "(a) Qwen2.5-Coder-0.5B-Instruct, GSM8K, 13 numbers",
-    "smollm2-words": "(b) SmolLM2-135M-Instruct, words, 13 numbers",
+    "qwen-coder-0.5b-gsm8k": "(a) Qwen2.5-Coder-0.5B-Instruct, GSM8K, 13 shared numbers",
+    "smollm2-words": "(b) SmolLM2-135M-Instruct, words, 13 shared numbers",
     "qwen-coder-0.5b-random": "(c) The control of (a): a fair coin for a reward",
-    "smollm2-words-bottom": "(d) (b) in the bottom singular vectors",
-    "smollm2-words-lora-xs": "(d) (b) with LoRA-XS, 840 numbers",
+    "smollm2-words-bottom": "(d) SmolLM2, words, 13 numbers in the bottom singular vectors",
+    "smollm2-words-lora-xs": "(d) SmolLM2, words, LoRA-XS: 840 numbers, none shared",
 }
 TEN = range(0, 400, 40)  # the problems whose answers are shown, chosen before any run
 CALCULATION = re.compile(r"\d+ *([-+*x]) *\d+ *=")
@@ -33,7 +35,8 @@ Run = dict[str, Any]  # "config", "steps" and, where the run was evaluated, "res
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Rows of JSON lines; one that is being written is not there yet."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -44,13 +47,22 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def load(folder: Path) -> Run:
+def load(folder: Path) -> Run | None:
+    """None before the first step. SystemExit for an evaluation that is not of this run's own prompts and temperature."""
+    if not (folder / "metrics.jsonl").exists():
+        return None
     run: Run = {"config": json.loads((folder / "config.json").read_text())}
     run["steps"] = [row for row in lines_of(folder / "metrics.jsonl") if is_step(row)]
-    results = folder / "evaluation" / "results.json"
-    if results.exists():
-        [run["results"]] = json.loads(results.read_text())["tasks"].values()
-    return run
+    path = folder / "evaluation" / "results.json"
+    if path.exists():
+        results, settings = json.loads(path.read_text()), run["config"]["settings"]
+        for name in ("prompt_style", "temperature", "max_completion_length", "dtype"):
+            if results["settings"][name] != settings[name]:
+                raise SystemExit(f"{path}: {name} {results['settings'][name]}, where the run has {settings[name]}")
+        if results["settings"]["num_generations"] != 1 or len(results["tasks"]) != 1:
+            raise SystemExit(f"{path}: one sampled answer to each problem of one task is wanted")
+        [run["results"]] = results["tasks"].values()
+    return run if run["steps"] else None
 
 
 # ---- one run ------------------------------------------------------------------------------------------------------------
@@ -59,17 +71,19 @@ def load(folder: Path) -> Run:
 def facts(run: Run) -> str:
     s, config, steps = run["config"]["settings"], run["config"], run["steps"]
     seconds, tokens = sum(row["step_time"] for row in steps), steps[-1]["num_tokens"]
-    rate = f"rate {steps[0]['learning_rate']:.2g}, {RELATIVE_STEP:.1%} of \\|W\\| a step"
+    rate = f"rate {steps[-1]['learning_rate']:.2g}"
+    if s["learning_rate"] is None:
+        rate += f" ({RELATIVE_STEP:.1%} of \\|W\\| by a first step)"
     return (
         f"{len(steps)} of {config['max_steps']} steps of {s['prompts_per_step']} x {s['num_generations']} completions, "
         f"{config['num_parameters']} trained numbers, {rate}, one seed ({s['seed']}), temperature {s['temperature']:g}, "
-        f"at most {s['max_completion_length']} tokens, {s['dtype']}. {seconds / 3600:.1f} hours, "
-        f"{tokens / seconds:.0f} tokens/s over whole steps, prompts included."
+        f"at most {s['max_completion_length']} tokens, {s['dtype']}. {seconds / 60:.0f} minutes of "
+        f"steps, {tokens / seconds:.0f} tokens/s, prompts included."
     )
 
 
 def curve(run: Run) -> str:
-    """Means of ten steps a row. A reward is of the completions that the step trained on."""
+    """Means of ten steps a row, of the completions that they trained on; at its end |change| / |W| of the adapted weights."""
     rows = []
     for start in range(0, len(run["steps"]), PART):
         part = run["steps"][start : start + PART]
@@ -78,7 +92,7 @@ def curve(run: Run) -> str:
         cells = [f"{part[0]['step']}-{part[-1]['step']}", f"{reward:.3f}", f"{strict:.1%}", f"{flexible:.1%}"]
         cells += [f"{1 - dead:.0%}", f"{cut_off:.1%}", f"{mean([row['completions/mean_length'] for row in part]):.0f}"]
         rows.append([*cells, f"{part[-1]['adapter/relative_change']:.2%}"])
-    header = ["steps", "reward", "strict", "flexible", "live groups", "cut off", "tokens each", "moved, at the last"]
+    header = ["steps", "reward", "strict", "flexible", "live groups", "cut off", "tokens each", "moved so far"]
     return markdown(header, rows)
 
 
@@ -103,13 +117,16 @@ def before_and_after(run: Run) -> str:
 
 
 def form(run: Run) -> str:
-    """The share of the gain that is format: what the strict reading gained and the flexible did not."""
-    scores = run["results"]["scores"]
-    strict, flexible = (scores[f"avg@1, {extractor}"]["paired"]["gain"] for extractor in ("strict", "flexible"))
-    said = "no strict gain, so none of it is format"
-    if strict > 0:
-        said = f"{min(1.0, max(0.0, 1 - flexible / strict)):.0%} of the strict gain is format"
-    return f"Sampled, strict {strict:+.1%} and flexible {flexible:+.1%}: {said}."
+    """The share of the sampled gain that is format: what the strict reading gained and the flexible did not."""
+    strict, flexible = (run["results"]["scores"][f"avg@1, {extractor}"] for extractor in ("strict", "flexible"))
+    gains = strict["paired"]["gain"], flexible["paired"]["gain"]
+    if strict["base"]["accuracy"] == strict["trained"]["accuracy"] == 0:
+        said = "strict is 0 % throughout, so it says nothing about format"
+    elif strict["paired"]["low"] <= 0:
+        said = "no strict gain beyond chance, so there is none of which a share could be format"
+    else:
+        said = f"{min(1.0, max(0.0, 1 - gains[1] / gains[0])):.0%} of the strict gain is format"
+    return f"Sampled, strict {gains[0]:+.1%} and flexible {gains[1]:+.1%}: {said}."
 
 
 def figure(folder: Path, run: Run) -> None:
@@ -121,14 +138,15 @@ def figure(folder: Path, run: Run) -> None:
 
 def answers(folder: Path) -> None:
     """answers.md, from samples.jsonl: greedy answers of base and trained model, and of words by what they calculate."""
-    samples = [line for line in lines_of(folder / "evaluation" / "samples.jsonl") if line["decoding"] == "greedy"]
+    every = lines_of(folder / "evaluation" / "samples.jsonl")
+    samples = [line for line in every if line["decoding"] == "greedy"]
     found: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
     for line in samples:
         if line["problem"] in TEN:
             found[line["problem"]][line["policy"]] = line
     parts = [f"# Greedy answers before and after: {RUNS[folder.name]}"]
     if "words" in folder.name:
-        parts.append(operations(samples))
+        parts += [operations(samples), clusters(every)]
     parts.append(f"Ten problems, by their numbers: {', '.join(map(str, TEN))}.")
     for problem, pair in found.items():
         parts += [f"## Problem {problem}, gold {pair['base']['gold']}", f"~~~text\n{pair['base']['prompt'].strip()}\n~~~"]
@@ -139,19 +157,55 @@ def answers(folder: Path) -> None:
     (folder / "answers.md").write_text("\n\n".join(parts) + "\n")
 
 
+def kind_of(prompt: str) -> str:
+    """Of a problem of words.py."""
+    return "bags" if " bags " in prompt else "gives" if " gives away " in prompt else "gets"
+
+
 def operations(samples: list[dict[str, Any]]) -> str:
     """Of the kinds of words.py: the share whose first calculation is of the right kind, and what is right of these."""
     rows = []
-    for kind, says, signs in (("gets", "gets", "+"), ("gives", "gives away", "-"), ("bags", "bags", "*x")):
+    for kind, signs in (("gets", "+"), ("gives", "-"), ("bags", "*x")):
         cells: list[str] = []
         for who in ("base", "trained"):
-            of = [line for line in samples if line["policy"] == who and says in line["prompt"]]
+            of = [line for line in samples if line["policy"] == who and kind_of(line["prompt"]) == kind]
             fits = [line for line in of if (m := CALCULATION.search(line["completion"])) and m[1] in signs]
-            right = [sum(line["flexible"]["right"] for line in part) for part in (of, fits)]
-            cells += [f"{right[0] / len(of):.0%}", f"{len(fits) / len(of):.0%}", f"{right[1] / max(1, len(fits)):.0%}"]
-        base, trained = cells[:3], cells[3:]
-        rows.append([f"{kind} ({len(of)})", *(f"{b} -> {t}" for b, t in zip(base, trained, strict=True))])
-    return markdown(["kind of problem", "right", "right operation", "right, where the operation is"], rows)
+            right, right_of_fits = (sum(line["flexible"]["right"] for line in part) for part in (of, fits))
+            cells += [f"{right} of {len(of)}", f"{len(fits)}", f"{right_of_fits} of {len(fits)}"]
+        rows.append([kind, *(f"{base} -> {trained}" for base, trained in zip(cells[:3], cells[3:], strict=True))])
+    return markdown(["greedy", "right", "first calculation of the right kind", "right, of these"], rows)
+
+
+def clusters(samples: list[dict[str, Any]]) -> str:
+    """Paired gains with intervals over sets of numbers: problems that differ in name and thing alone are not independent. And
+    of those whose numbers are trained on in no order: words.py keeps apart 3 bags of 5, not 5 bags of 3."""
+    trained = {numbers_of(row["question"]) for row in lines_of(ROOT / "recipes" / "real" / "words" / "train.jsonl")}
+    rows = []
+    for decoding in ("greedy", "sampled"):
+        cells = [decoding]
+        for every in (True, False):
+            change: dict[Any, list[int]] = defaultdict(lambda: [0, 0])  # by kind and numbers: gained, and problems
+            for line in samples:
+                key = numbers_of(line["prompt"].split("<|im_start|>user")[1])
+                if line["decoding"] == decoding and (every or key not in trained):
+                    change[key][0] += line["flexible"]["right"] * (1 if line["policy"] == "trained" else -1)
+                    change[key][1] += line["policy"] == "base"
+            sums = np.array(list(change.values()))  # (sets, 2)
+            drawn = sums[np.random.default_rng(0).integers(0, len(sums), (4000, len(sums)))].sum(1)  # (4000, 2)
+            low, high = np.quantile(drawn[:, 0] / drawn[:, 1], (0.025, 0.975))
+            total = sums.sum(0)
+            cells += [f"{total[0] / total[1]:+.1%} [{low:+.1%}, {high:+.1%}]", f"{total[1]} of {len(sums)} sets"]
+        rows.append(cells)
+    return markdown(
+        ["paired gain [95 % over sets]", "all", "problems", "numbers never trained on, in any order", "problems"], rows
+    )
+
+
+def numbers_of(question: str) -> tuple[Any, ...]:
+    """Kind and numbers of a problem of words.py, the numbers in order where it makes no difference."""
+    numbers = [int(n) for n in re.findall(r"[0-9]+", question)]
+    kind = kind_of(question)
+    return kind, *(numbers if kind == "gives" else sorted(numbers))
 
 
 # ---- all of them --------------------------------------------------------------------------------------------------------
@@ -160,9 +214,12 @@ def operations(samples: list[dict[str, Any]]) -> str:
 def section(runs: dict[str, Run]) -> str:
     parts = []
     for name, run in runs.items():
-        parts += [f"### {RUNS[name]}", facts(run), curve(run), f"![reward]({'real-models/' + name}/reward.png)"]
+        parts += [f"### {RUNS[name]}", facts(run), curve(run), f"![reward](real-models/{name}/reward.png)"]
         if "results" in run:
             parts += [before_and_after(run), f"[Answers before and after](real-models/{name}/answers.md)"]
+    missing = [what for name, what in RUNS.items() if name not in runs]
+    if missing:
+        parts.append(f"Not begun: {'; '.join(missing)}.")
     return "\n\n".join(parts)
 
 
@@ -176,7 +233,7 @@ def readme(runs: dict[str, Run]) -> str:
                 row = run["results"]["scores"][f"{key}, flexible"]
                 cells += [f"{row['base']['accuracy']:.1%} -> {row['trained']['accuracy']:.1%}", gain(row["paired"])]
             rows.append(cells)
-    return markdown(["one seed each, flexible reading", "greedy", "paired gain [95 %]", "sampled", "paired gain [95 %]"], rows)
+    return markdown(["", "greedy", "paired gain [95 %]", "sampled", "paired gain [95 %]"], rows)
 
 
 def between(text: str, inner: str) -> str:
@@ -187,7 +244,7 @@ def between(text: str, inner: str) -> str:
 
 def main(root: Path = ROOT) -> None:
     folders = [root / "docs" / "real-models" / name for name in RUNS]
-    runs = {f.name: load(f) for f in folders if (f / "metrics.jsonl").exists()}
+    runs = {f.name: run for f in folders if (run := load(f)) is not None}
     for folder in folders:
         if folder.name in runs:
             figure(folder, runs[folder.name])

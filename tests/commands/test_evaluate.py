@@ -255,6 +255,7 @@ def test_several_tasks_on_a_model_with_its_own_tokenizer(
         (["--top-p", "2"], "--top-p 2"),
         (["--adapter-step", "3"], "--adapter-step needs --adapter"),
         (["--dataset", "gsm9"], "--dataset gsm9: choose builtin"),
+        (["--data", "some/rows"], "--data is of other tasks than builtin"),
         (["--max-completion-length", "255"], "no prompt leaves room"),
     ],
 )

@@ -32,28 +32,52 @@ def test_a_run_is_of_its_recipe_and_names_no_machine(name: str) -> None:
     """So that --resume goes on from a fresh clone: what is committed has the recipe's settings and no absolute path."""
     folder = ROOT / "docs" / "real-models" / name
     settings = json.loads((folder / "config.json").read_text())["settings"]
-    recipe = vars(parse(["--config", str(ROOT / "recipes" / "real" / f"{name}.toml")]))
+    recipe = vars(parse(["--config", str(ROOT / "recipes" / "real" / f"{name}.toml")]).config())
     assert {k: settings[k] for k in settings if k not in ("data", "output_dir")} == {
         k: list(v) if isinstance(v, tuple) else v for k, v in recipe.items() if k not in ("data", "output_dir")
     }
     assert settings["output_dir"] == f"docs/real-models/{name}" and not Path(settings["data"]).is_absolute()
     assert (folder / "checkpoint").is_dir()
+    if (folder / "evaluation").exists():
+        settings = json.loads((folder / "evaluation" / "results.json").read_text())["settings"]
+        assert not any(str(settings[name]).startswith("/") for name in ("model", "data", "adapter"))
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.name != "samples.jsonl") < 400_000
 
 
-def run_with(strict: float, flexible: float) -> dict[str, Any]:
-    scores = {f"avg@1, {e}": {"paired": {"gain": g}} for e, g in (("strict", strict), ("flexible", flexible))}
-    return {"results": {"scores": scores}}
+def run_with(strict: tuple[float, float, float], flexible: float) -> dict[str, Any]:
+    """strict: base, trained, and the low end of its paired interval."""
+    base, trained, low = strict
+    cell = {"base": {"accuracy": base}, "trained": {"accuracy": trained}, "paired": {"gain": trained - base, "low": low}}
+    return {"results": {"scores": {"avg@1, strict": cell, "avg@1, flexible": {"paired": {"gain": flexible}}}}}
 
 
 @pytest.mark.parametrize(
     ("strict", "flexible", "says"),
     [
-        (0.2, 0.05, "75% of the strict gain is format"),
-        (0.2, -0.1, "100% of the strict gain is format"),
-        (0.1, 0.12, "0% of the strict gain is format"),
-        (-0.01, 0.1, "no strict gain, so none of it is format"),
+        ((0.1, 0.3, 0.1), 0.05, "75% of the strict gain is format"),
+        ((0.1, 0.3, 0.1), -0.1, "100% of the strict gain is format"),
+        ((0.1, 0.2, 0.05), 0.12, "0% of the strict gain is format"),
+        ((0.2, 0.21, -0.02), -0.03, "no strict gain beyond chance, so there is none of which a share could be format"),
+        ((0.0, 0.0, 0.0), 0.1, "strict is 0 % throughout, so it says nothing about format"),
     ],
 )
-def test_the_share_that_is_format(strict: float, flexible: float, says: str) -> None:
+def test_the_share_that_is_format(strict: tuple[float, float, float], flexible: float, says: str) -> None:
     assert TABLES["form"](run_with(strict, flexible)).endswith(f": {says}.")
+
+
+def test_an_evaluation_of_another_kind_is_refused(tmp_path: Path) -> None:
+    """Other temperature than the run's, several samples, and a run without a step."""
+    folder = tmp_path / RUNS[0]
+    shutil.copytree(ROOT / "docs" / "real-models" / "smollm2-words", folder)
+    path = folder / "evaluation" / "results.json"
+    results = json.loads(path.read_text())
+    for name, value, says in (("temperature", 1.0, "temperature 1.0, where"), ("num_generations", 4, "one sampled answer")):
+        path.write_text(json.dumps(results | {"settings": results["settings"] | {name: value}}))
+        with pytest.raises(SystemExit, match=says):
+            TABLES["load"](folder)
+    path.unlink()
+    rows = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(rows + '{"step": 61, "rew')  # being written
+    assert len(TABLES["load"](folder)["steps"]) == 60
+    (folder / "metrics.jsonl").write_text(rows.splitlines()[0] + "\n")  # step 0's evaluation alone
+    assert TABLES["load"](folder) is None

@@ -24,11 +24,13 @@ from tinylora.loading import load_adapter
 from tinylora.model.loader import load_model
 from tinylora.rl import step as step_module
 from tinylora.rl.config import RELATIVE_STEP, TrainConfig
+from tinylora.rl.dead import _readings
 from tinylora.rl.rewards import random_rewards
 from tinylora.rl.run import learning_rate_of
 from tinylora.rl.run_directory import CLOCK_METRICS
 from tinylora.rl.trainer import Trainer
 from tinylora.tasks.grader import GraderPool
+from tinylora.tasks.grading import Verdict
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--eval-size", "32", "--prompts-per-step", "4", "--num-generations", "4"]
@@ -620,14 +622,26 @@ def test_num_parameters(tmp_path, capsys):
     assert train.parse(["--config", str(file)]).u == 5
     assert train.parse(["--config", str(file), "--num_parameters=6"]).u == 6
     for flags in (["--u", "2"], ["--n-tie=4"]):
-        assert f"--num-parameters 5 and {flags[0].split('=')[0]}: give one of them" in fails(
+        assert f"--num-parameters 5 and {flags[0].split('=')[0]}: give one of them (it is in the --config file)" in fails(
             capsys, "--config", str(file), *flags
         )
     file.write_text("n-tie = 4\n")
     assert "--num-parameters 3 and --n-tie" in fails(capsys, "--config", str(file), "--num-parameters", "3")
     assert "--method lora_xs has a count" in fails(capsys, "--num-parameters", "3", "--method", "lora_xs")
     assert "must be a whole number" in fails(capsys, "--num-parameters", "many")
-    assert "--u 0" in fails(capsys, "--num-parameters", "0")
+    for few in ("0", "-3"):
+        assert f"--num-parameters {few}: it must be a whole number, at least 1" in fails(capsys, f"--num-parameters={few}")
+
+
+def test_the_command_that_scores_a_step_again(tmp_path):
+    """Of the built-in job nothing has to be said; of another run what evaluate would not take by itself."""
+    wanted = f"python -m tinylora.evaluate --adapter {tmp_path} --adapter-step 3"
+    assert train._evaluation(train.parse([]), tmp_path, 3) == wanted
+    flags = ["--model", "M.gguf", "--data", "D", "--prompt-style", "plain", "--temperature", "0.5", "--dtype", "bfloat16"]
+    said = train._evaluation(train.parse([*flags, "--dataset", "own"]), tmp_path, 3)
+    given = ("--model M.gguf", "--dataset own", "--data D", "--prompt-style plain", "--temperature 0.5", "--dtype bfloat16")
+    assert all(one in said for one in given)
+    assert "--temperature" not in train._evaluation(train.parse(["--algorithm", "es"]), tmp_path, 3)
 
 
 def test_the_learning_rate_of_a_model_comes_from_its_factors(tmp_path, tiny_model):
@@ -658,13 +672,29 @@ def test_a_dead_first_step_is_explained(tmp_path, text_model, monkeypatch, capsy
     assert train.main(["--output-dir", str(tmp_path / "run"), *flags]) == 0
     out = capsys.readouterr().out
     assert out.count("nothing to learn from: all 8 rewards are 0.") == 1, "after the first step, once"
-    assert "of 8 completions were cut off at 4 tokens: --max-completion-length" in out
+    assert "of 8 completions were cut off at 4 tokens: raise --max-completion-length" in out
     assert f"a sample, to a problem whose answer is {answer}:" in out and "| I say 7." in out
     if extractor == "strict":
         assert "0 of 8 are right as --extractor strict reads them; 0 hold an answer" in out
         assert "8 of 8 are right as --extractor flexible reads them." in out
     else:
-        assert "0 of 8 are right as --extractor flexible reads them; 8 hold an answer" in out and "too hard" in out
+        assert "0 of 8 are right as --extractor flexible reads them; 8 hold an answer" in out
+        assert "too hard" not in out, "most were cut off, which comes first"
+
+
+@pytest.mark.parametrize(
+    ("answers", "right", "cut", "says"),
+    [("7777", "....", False, "too hard"), ("7777", "xxxx", False, "too easy"), ("7...", "....", False, "--prompt-style")]
+    + [("7777", "....", True, None)],
+)
+def test_what_helps_a_dead_step(answers, right, cut, says):
+    """By what answers say (. is none), which are right (x), and whether most were cut off."""
+    verdicts = [
+        Verdict({"strict": None, "flexible": None if a == "." else a}, {"strict": False, "flexible": x == "x"})
+        for a, x in zip(answers, right, strict=True)
+    ]
+    lines = _readings(verdicts, "flexible", cut)
+    assert len(lines) == (1 if says is None else 2) and (says is None or says in lines[1])
 
 
 def test_bad_output_directories(tmp_path, capsys):

@@ -48,12 +48,14 @@ class Scores:
         }
 
 
-def summary(before: Scores, after: Scores, answer_format: str) -> str:
-    """The before/after table, with the paired gain and its 95 % interval. `answer_format`: the grader's, "hash" or "boxed"."""
+def summary(before: Scores, after: Scores, answer_format: str, temperature: float = 1.0) -> str:
+    """The before/after table, with the paired gain and its 95 % interval. `answer_format`: the grader's, "hash" or "boxed".
+    `temperature`: that was trained at; these samples are of temperature 1, which is said where the run's is another."""
     rows, strict = [], {"hash": "#### n"}.get(answer_format, r"\boxed{n}")
+    sampled = "sampled" if temperature == 1 else "sampled at 1.0"
     for label, name, old, new in (
-        (f"sampled, strict ({strict})", "strict", before.sampled, after.sampled),
-        ("sampled, flexible (last number)", "flexible", before.sampled, after.sampled),
+        (f"{sampled}, strict ({strict})", "strict", before.sampled, after.sampled),
+        (f"{sampled}, flexible (last number)", "flexible", before.sampled, after.sampled),
         (f"greedy, {before.extractor}", before.extractor, before.greedy, after.greedy),
     ):
         n = len(old[name])
@@ -173,12 +175,12 @@ def comparison_table(task: str, n: int, rows: dict[str, Any]) -> str:
     return table([f"{task}, {n} problems", "base [95 %]", *(trained if len(lines[0]) > 2 else [])], lines)
 
 
-def lengths_table(limit: int, lengths: dict[str, dict[str, dict[str, float]]]) -> str:
+def lengths_table(limit: int, temperature: float, lengths: dict[str, dict[str, dict[str, float]]]) -> str:
     """The table of `Scored.lengths`, by policy."""
-    rows = [
-        [kind, *(f"{of[kind]['tokens']:.0f} tokens, {of[kind]['cut_off']:.1%} cut off" for of in lengths.values())]
-        for kind in ("greedy", "sampled")
-    ]
+    rows = []
+    for kind, label in (("greedy", "greedy"), ("sampled", f"sampled at {temperature:g}")):
+        cells = [f"{of[kind]['tokens']:.0f} tokens, {of[kind]['cut_off']:.1%} cut off" for of in lengths.values()]
+        rows.append([label, *cells])
     return table([f"at most {limit} tokens", *lengths], rows)
 
 

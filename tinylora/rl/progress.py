@@ -11,7 +11,7 @@ def progress_line(row: dict[str, Any]) -> str:
     dead = row["frac_reward_zero_std"]
     if dead == 1:
         right = row["frac_reward_zero_std/all_right"]
-        kind = "all right" if right == 1 else "all wrong" if right == 0 else "each all right or all wrong"
+        kind = "all right" if right == 1 else "all wrong" if right == 0 else "of equal rewards"
         said = f"DEAD BATCH: every group is {kind}, nothing to learn from"
     else:
         said = f"{dead:.0%} dead groups"

@@ -64,7 +64,7 @@ class Trainer(Run):
     def before_and_after(self) -> str:
         """The table of the base and of the adapter as it is now."""
         assert self.grader is not None
-        return summary(self.evaluate(0), self.evaluate(self.step), self.grader.answer_format)
+        return summary(self.evaluate(0), self.evaluate(self.step), self.grader.answer_format, self.config.temperature)
 
     def _scores(self, rows: list[dict[str, Any]], step: int) -> Scores:
         c = self.config
