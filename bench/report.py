@@ -48,7 +48,7 @@ def step_table(result: Result) -> str:
 
 def dtypes(result: Result) -> str:
     """Each side's, the peers' where they are not ours."""
-    ours, theirs = result.get("dtype", "float32"), result.get("peer_dtype", "float32")
+    ours, theirs = result["dtype"], result["peer_dtype"]
     return ours if ours == theirs else f"{ours} beside {theirs}"
 
 

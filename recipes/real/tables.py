@@ -1,6 +1,6 @@
 """Committed runs of recipes/real -> their part of docs/real-models.md and README.md, and a figure and answers of each.
 
-    python recipes/real/tables.py
+    python -m recipes.real.tables
 
 Reads config.json, metrics.jsonl and evaluation/results.json of every run under docs/real-models. evaluation/samples.jsonl is
 not committed (MB): where it lies, answers.md is written from it. Nothing is measured here, so running it twice changes nothing.
@@ -11,10 +11,13 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from bench.report import replace_section
+from bench.tables import markdown
 from tinylora.rl.config import RELATIVE_STEP
 from tinylora.rl.run_directory import is_step
 
@@ -37,14 +40,6 @@ Run = dict[str, Any]  # "config", "steps" and, where the run was evaluated, "res
 def lines_of(path: Path) -> list[dict[str, Any]]:
     """Rows of JSON lines; one that is being written is not there yet."""
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def load(folder: Path) -> Run | None:
@@ -88,9 +83,9 @@ def curve(run: Run) -> str:
     for start in range(0, len(run["steps"]), PART):
         part = run["steps"][start : start + PART]
         shares = ("reward", "accuracy/strict", "accuracy/flexible", "frac_reward_zero_std", "completions/clipped_ratio")
-        reward, strict, flexible, dead, cut_off = (mean([row[name] for row in part]) for name in shares)
+        reward, strict, flexible, dead, cut_off = (fmean(row[name] for row in part) for name in shares)
         cells = [f"{part[0]['step']}-{part[-1]['step']}", f"{reward:.3f}", f"{strict:.1%}", f"{flexible:.1%}"]
-        cells += [f"{1 - dead:.0%}", f"{cut_off:.1%}", f"{mean([row['completions/mean_length'] for row in part]):.0f}"]
+        cells += [f"{1 - dead:.0%}", f"{cut_off:.1%}", f"{fmean(row['completions/mean_length'] for row in part):.0f}"]
         rows.append([*cells, f"{part[-1]['adapter/relative_change']:.2%}"])
     header = ["steps", "reward", "strict", "flexible", "live groups", "cut off", "tokens each", "moved so far"]
     return markdown(header, rows)
@@ -236,12 +231,6 @@ def readme(runs: dict[str, Run]) -> str:
     return markdown(["", "greedy", "paired gain [95 %]", "sampled", "paired gain [95 %]"], rows)
 
 
-def between(text: str, inner: str) -> str:
-    """`text` with `inner` between its marks."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{inner}\n\n{END}{rest.split(END)[1]}"
-
-
 def main(root: Path = ROOT) -> None:
     folders = [root / "docs" / "real-models" / name for name in RUNS]
     runs = {f.name: run for f in folders if (run := load(f)) is not None}
@@ -252,7 +241,7 @@ def main(root: Path = ROOT) -> None:
             answers(folder)
     for page, inner in (("docs/real-models.md", section(runs)), ("README.md", readme(runs))):
         path = root / page
-        path.write_text(between(path.read_text(), inner))
+        path.write_text(replace_section(path.read_text(), f"\n{inner}\n", BEGIN, END))
 
 
 if __name__ == "__main__":

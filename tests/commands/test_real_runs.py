@@ -1,18 +1,17 @@
 """The committed runs of recipes/real: the pages say what their files say, and no recipe promises what a run is not."""
 
 import json
-import runpy
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from recipes.real import tables
 from tinylora.train import parse
 
 ROOT = Path(__file__).parents[2]
-TABLES = runpy.run_path(str(ROOT / "recipes" / "real" / "tables.py"))
-RUNS = [name for name in TABLES["RUNS"] if (ROOT / "docs" / "real-models" / name / "metrics.jsonl").exists()]
+RUNS = [name for name in tables.RUNS if (ROOT / "docs" / "real-models" / name / "metrics.jsonl").exists()]
 
 
 def test_the_pages_are_what_the_command_writes(tmp_path: Path) -> None:
@@ -21,10 +20,10 @@ def test_the_pages_are_what_the_command_writes(tmp_path: Path) -> None:
     pages = ("README.md", "docs/real-models.md")
     for page in pages:
         shutil.copy(ROOT / page, tmp_path / page)
-    TABLES["main"](tmp_path)
+    tables.main(tmp_path)
     for page in pages:
         assert (tmp_path / page).read_text() == (ROOT / page).read_text()
-    assert RUNS and all(f"### {TABLES['RUNS'][name]}\n" in (ROOT / "docs/real-models.md").read_text() for name in RUNS)
+    assert RUNS and all(f"### {tables.RUNS[name]}\n" in (ROOT / "docs/real-models.md").read_text() for name in RUNS)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -64,7 +63,7 @@ def run_with(strict: tuple[float, float, float], flexible: float) -> dict[str, A
     ],
 )
 def test_the_share_that_is_format(strict: tuple[float, float, float], flexible: float, says: str) -> None:
-    assert TABLES["form"](run_with(strict, flexible)).endswith(f": {says}.")
+    assert tables.form(run_with(strict, flexible)).endswith(f": {says}.")
 
 
 def test_an_evaluation_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -76,10 +75,10 @@ def test_an_evaluation_of_another_kind_is_refused(tmp_path: Path) -> None:
     for name, value, says in (("temperature", 1.0, "temperature 1.0, where"), ("num_generations", 4, "one sampled answer")):
         path.write_text(json.dumps(results | {"settings": results["settings"] | {name: value}}))
         with pytest.raises(SystemExit, match=says):
-            TABLES["load"](folder)
+            tables.load(folder)
     path.unlink()
     rows = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(rows + '{"step": 61, "rew')  # being written
-    assert len(TABLES["load"](folder)["steps"]) == 60
+    assert len(tables.load(folder)["steps"]) == 60
     (folder / "metrics.jsonl").write_text(rows.splitlines()[0] + "\n")  # step 0's evaluation alone
-    assert TABLES["load"](folder) is None
+    assert tables.load(folder) is None
