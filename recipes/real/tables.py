@@ -1,9 +1,10 @@
-"""Committed runs of recipes/real -> their part of docs/real-models.md and README.md, and a figure and answers of each.
+"""Committed runs of recipes/real -> their parts of docs/real-models.md and README.md, and a figure and answers of each.
 
     python -m recipes.real.tables
 
-Reads config.json, metrics.jsonl and evaluation/results.json of every run under docs/real-models. evaluation/samples.jsonl is
-not committed (MB): where it lies, answers.md is written from it. Nothing is measured here, so running it twice changes nothing.
+Reads config.json, metrics.jsonl and evaluation/results.json of every run under docs/real-models, and the first two of the arms
+of its grid. evaluation/samples.jsonl is not committed (MB): where it lies, answers.md is written from it. Nothing is measured
+here, so running it twice changes nothing.
 """
 
 import importlib.util
@@ -11,7 +12,7 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from tinylora.rl.run_directory import is_step
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- runs -->", "<!-- /runs -->"
+GRID_BEGIN, GRID_END = "<!-- grid -->", "<!-- /grid -->"
 RUNS = {  # folder of docs/real-models: what it is
     "qwen-coder-0.5b-gsm8k": "(a) Qwen2.5-Coder-0.5B-Instruct, GSM8K, 13 shared numbers",
     "smollm2-words": "(b) SmolLM2-135M-Instruct, words, 13 shared numbers",
@@ -30,6 +32,8 @@ RUNS = {  # folder of docs/real-models: what it is
     "smollm2-words-bottom": "(d) SmolLM2, words, 13 numbers in the bottom singular vectors",
     "smollm2-words-lora-xs": "(d) SmolLM2, words, LoRA-XS: 840 numbers, none shared",
 }
+GRID = "qwen-coder-0.5b-grid"  # one folder an arm; the arm with the defaults is the beginning of DEFAULT
+DEFAULT = "qwen-coder-0.5b-gsm8k"
 TEN = range(0, 400, 40)  # the problems whose answers are shown, chosen before any run
 CALCULATION = re.compile(r"\d+ *([-+*x]) *\d+ *=")
 PART = 10  # steps of one row of a run's table
@@ -231,6 +235,51 @@ def readme(runs: dict[str, Run]) -> str:
     return markdown(["", "greedy", "paired gain [95 %]", "sampled", "paired gain [95 %]"], rows)
 
 
+def prompt_of(run: Run) -> str:
+    return str(run["config"]["settings"]["prompt_style"])
+
+
+def rate_of(run: Run) -> str:
+    return f"{run['steps'][0]['learning_rate']:.2g}"
+
+
+def rewards(run: Run) -> list[float]:
+    return [row["reward"] for row in run["steps"]]
+
+
+def change(runs: list[Run], others: list[Run], steps: slice) -> str:
+    """Mean reward of runs less that of the others, step by step; ± is one standard error over the steps."""
+    curves = [[fmean(at) for at in zip(*(rewards(run)[steps] for run in part), strict=True)] for part in (runs, others)]
+    changes = [one - other for one, other in zip(*curves, strict=True)]
+    return f"{fmean(changes):+.1%} ± {stdev(changes) / len(changes) ** 0.5:.1%}"
+
+
+def grid(default: Run, arms: list[Run]) -> str:
+    """Arms of one recipe that differ in prompt and rate, over the steps that all of them took, on the same problems. A step's
+    first completions come before any update, so they tell prompts apart and not rates; differences are of the later ones."""
+    arms = sorted([default, *arms], key=lambda run: (prompt_of(run), float(rate_of(run))))
+    n = min(len(run["steps"]) for run in arms)
+    later, every = slice(1, n), slice(n)
+    rows = []
+    for run in arms:
+        steps = run["steps"][:n]
+        against = change([run], [default], later) if run is not default else "the default"
+        dead, cut_off = (fmean(row[name] for row in steps) for name in ("frac_reward_zero_std", "completions/clipped_ratio"))
+        cells = [prompt_of(run), rate_of(run)]
+        cells += [f"{steps[k]['adapter/relative_change']:.2%}" for k in (0, -1)]
+        cells += [f"{steps[0]['reward']:.1%}", f"{fmean(rewards(run)[later]):.1%}", against]
+        rows.append([*cells, f"{1 - dead:.0%}", f"{cut_off:.1%}"])
+    header = ["prompt", "rate", "moved by step 1", f"by step {n}", "reward, step 1", f"steps 2-{n}", "against the default"]
+    effects = []
+    for of in (rate_of, prompt_of):
+        others = [run for run in arms if of(run) == of(default)]
+        for value in sorted({of(run) for run in arms} - {of(default)}):
+            runs = [run for run in arms if of(run) == value]
+            effects.append([f"{value} against {of(default)}", change(runs, others, later), change(runs, others, every)])
+    pooled = markdown(["averaged over the other's arms", f"steps 2-{n}", f"steps 1-{n}"], effects)
+    return markdown([*header, "live groups", "cut off"], rows) + "\n\n" + pooled
+
+
 def main(root: Path = ROOT) -> None:
     folders = [root / "docs" / "real-models" / name for name in RUNS]
     runs = {f.name: run for f in folders if (run := load(f)) is not None}
@@ -239,9 +288,14 @@ def main(root: Path = ROOT) -> None:
             figure(folder, runs[folder.name])
         if (folder / "evaluation" / "samples.jsonl").exists():
             answers(folder)
-    for page, inner in (("docs/real-models.md", section(runs)), ("README.md", readme(runs))):
+    arms = [run for folder in sorted((root / "docs" / "real-models" / GRID).iterdir()) if (run := load(folder)) is not None]
+    for page, inner, begin, end in (
+        ("docs/real-models.md", section(runs), BEGIN, END),
+        ("docs/real-models.md", grid(runs[DEFAULT], arms), GRID_BEGIN, GRID_END),
+        ("README.md", readme(runs), BEGIN, END),
+    ):
         path = root / page
-        path.write_text(replace_section(path.read_text(), f"\n{inner}\n", BEGIN, END))
+        path.write_text(replace_section(path.read_text(), f"\n{inner}\n", begin, end))
 
 
 if __name__ == "__main__":

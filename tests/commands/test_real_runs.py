@@ -11,6 +11,7 @@ from recipes.real import tables
 from tinylora.train import parse
 
 ROOT = Path(__file__).parents[2]
+GRID = ROOT / "docs" / "real-models" / tables.GRID
 RUNS = [name for name in tables.RUNS if (ROOT / "docs" / "real-models" / name / "metrics.jsonl").exists()]
 
 
@@ -43,6 +44,45 @@ def test_a_run_is_of_its_recipe_and_names_no_machine(name: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     v = 60 * 25 * config["num_parameters"]  # bytes of every step's v in metrics.jsonl
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.name != "samples.jsonl") < 400_000 + v
+
+
+def test_the_grid_is_of_one_recipe_and_equal_budgets() -> None:
+    """Three rates under each of two prompts, all else as in the default's run, the same problems in the same steps."""
+    default = tables.load(GRID.parent / tables.DEFAULT)
+    arms = [tables.load(folder) for folder in sorted(GRID.iterdir())]
+    assert default is not None and len(arms) == 5
+    of = ("prompt_style", "learning_rate", "output_dir")
+    settings = default["config"]["settings"]
+    seen = {(settings["prompt_style"], round(default["steps"][0]["learning_rate"], 5))}
+    for arm in arms:
+        assert arm is not None and len(arm["steps"]) == 7
+        assert {k: v for k, v in arm["config"]["settings"].items() if k not in of} == {
+            k: v for k, v in settings.items() if k not in of
+        }
+        seen.add((tables.prompt_of(arm), arm["config"]["settings"]["learning_rate"]))
+    assert seen == {(prompt, rate) for prompt in ("qwen-boxed", "plain") for rate in (0.001, 0.00303, 0.01)}
+
+
+def arm(prompt: str, rate: float, rewards: list[float]) -> dict[str, Any]:
+    shares = {"frac_reward_zero_std": 0.25, "completions/clipped_ratio": 0.125, "adapter/relative_change": 0.01}
+    steps = [{"reward": reward, "learning_rate": rate, **shares} for reward in rewards]
+    return {"config": {"settings": {"prompt_style": prompt}}, "steps": steps}
+
+
+def test_a_grid_compares_the_later_steps_that_all_arms_took() -> None:
+    default, other = arm("b", 0.003, [0.5, 0.1, 0.2, 0.3, 0.9]), arm("b", 0.001, [0.5, 0.2, 0.2, 0.5])
+    arms, pooled = tables.grid(default, [other, arm("a", 0.003, [0.4, 0.1, 0.2, 0.3])]).split("\n\n")
+    lines = [line.split(" | ") for line in arms.splitlines()[2:]]
+    assert [line[4:7] for line in lines] == [
+        ["40.0%", "20.0%", "+0.0% ± 0.0%"],
+        ["50.0%", "30.0%", "+10.0% ± 5.8%"],  # 10, 0 and 20 points: 10, and 10 / sqrt(3)
+        ["50.0%", "20.0%", "the default"],
+    ]
+    assert all(line[7:] == ["75%", "12.5% |"] for line in lines)
+    assert pooled.splitlines()[2:] == [
+        "| 0.001 against 0.003 | +10.0% ± 5.8% | +8.8% ± 4.3% |",  # of both prompts' 0.003, 45, 10, 20 and 30 %: 5, 10, 0, 20
+        "| a against b | -5.0% ± 2.9% | -6.2% ± 2.4% |",
+    ]
 
 
 def run_with(strict: tuple[float, float, float], flexible: float) -> dict[str, Any]:
