@@ -15,7 +15,7 @@ from tinylora.tasks.known import KNOWN
 from tinylora.tasks.prompts import PromptStyle
 
 # The built-in task's recipe: what `python -m tinylora.train` uses where nothing else is said. Everywhere else the defaults
-# below hold, which docs/real-models.md found on two real models.
+# below hold; docs/real-models.md has what was tried for them on two real models, and what that does not show.
 BUILTIN_PRESET: dict[str, Any] = {
     "dataset": "builtin",
     "u": 13,
