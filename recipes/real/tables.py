@@ -27,6 +27,7 @@ BEGIN, END = "<!-- runs -->", "<!-- /runs -->"
 GRID_BEGIN, GRID_END = "<!-- grid -->", "<!-- /grid -->"
 RUNS = {  # folder of docs/real-models: what it is
     "qwen-coder-0.5b-gsm8k": "(a) Qwen2.5-Coder-0.5B-Instruct, GSM8K, 13 shared numbers",
+    "qwen-coder-0.5b-plain": "(a) with the best other arm of its grid: the plain prompt",
     "smollm2-words": "(b) SmolLM2-135M-Instruct, words, 13 shared numbers",
     "qwen-coder-0.5b-random": "(c) The control of (a): a fair coin for a reward",
     "smollm2-words-bottom": "(d) SmolLM2, words, 13 numbers in the bottom singular vectors",
@@ -34,6 +35,7 @@ RUNS = {  # folder of docs/real-models: what it is
 }
 GRID = "qwen-coder-0.5b-grid"  # one folder an arm; the arm with the defaults is the beginning of DEFAULT
 DEFAULT = "qwen-coder-0.5b-gsm8k"
+LONGEST = "qwen-coder-0.5b-plain"  # the arm ahead of the others, run on to DEFAULT's number of steps
 TEN = range(0, 400, 40)  # the problems whose answers are shown, chosen before any run
 CALCULATION = re.compile(r"\d+ *([-+*x]) *\d+ *=")
 PART = 10  # steps of one row of a run's table
@@ -280,6 +282,21 @@ def grid(default: Run, arms: list[Run]) -> str:
     return markdown([*header, "live groups", "cut off"], rows) + "\n\n" + pooled
 
 
+def longest(default: Run, other: Run) -> str:
+    """The arm that was run on beside the default, over the steps that both took, and what each answers held out."""
+    n = min(len(default["steps"]), len(other["steps"]))
+    rows = []
+    for run in (default, other):
+        against = change([run], [default], slice(n)) if run is not default else "the default"
+        cells = [prompt_of(run), rate_of(run), f"{fmean(rewards(run)[:n]):.1%}", against]
+        for key in ("avg@1", "greedy"):
+            row = run["results"]["scores"][f"{key}, flexible"] if "results" in run else None
+            cells.append(f"{row['base']['accuracy']:.1%} -> {row['trained']['accuracy']:.1%}" if row else "not evaluated")
+        rows.append(cells)
+    header = ["prompt", "rate", f"reward, steps 1-{n}", "against the default", "held out, sampled at 1", "greedily"]
+    return markdown(header, rows)
+
+
 def main(root: Path = ROOT) -> None:
     folders = [root / "docs" / "real-models" / name for name in RUNS]
     runs = {f.name: run for f in folders if (run := load(f)) is not None}
@@ -289,9 +306,10 @@ def main(root: Path = ROOT) -> None:
         if (folder / "evaluation" / "samples.jsonl").exists():
             answers(folder)
     arms = [run for folder in sorted((root / "docs" / "real-models" / GRID).iterdir()) if (run := load(folder)) is not None]
+    tried = grid(runs[DEFAULT], arms) + "\n\n" + longest(runs[DEFAULT], runs[LONGEST])
     for page, inner, begin, end in (
         ("docs/real-models.md", section(runs), BEGIN, END),
-        ("docs/real-models.md", grid(runs[DEFAULT], arms), GRID_BEGIN, GRID_END),
+        ("docs/real-models.md", tried, GRID_BEGIN, GRID_END),
         ("README.md", readme(runs), BEGIN, END),
     ):
         path = root / page

@@ -63,6 +63,9 @@ def test_the_grid_is_of_one_recipe_and_equal_budgets() -> None:
     assert seen == {(prompt, rate) for prompt in ("qwen-boxed", "plain") for rate in (0.001, 0.00303, 0.01)}
 
 
+SCORED = {"avg@1": 0.5, "greedy": 0.75}
+
+
 def arm(prompt: str, rate: float, rewards: list[float]) -> dict[str, Any]:
     shares = {"frac_reward_zero_std": 0.25, "completions/clipped_ratio": 0.125, "adapter/relative_change": 0.01}
     steps = [{"reward": reward, "learning_rate": rate, **shares} for reward in rewards]
@@ -82,6 +85,17 @@ def test_a_grid_compares_the_later_steps_that_all_arms_took() -> None:
     assert pooled.splitlines()[2:] == [
         "| 0.001 against 0.003 | +10.0% ± 5.8% | +8.8% ± 4.3% |",  # of both prompts' 0.003, 45, 10, 20 and 30 %: 5, 10, 0, 20
         "| a against b | -5.0% ± 2.9% | -6.2% ± 2.4% |",
+    ]
+
+
+def test_the_longest_arm_is_compared_over_the_steps_of_both() -> None:
+    default, other = arm("b", 0.003, [0.5, 0.1, 0.9]), arm("a", 0.003, [0.4, 0.4])
+    scores = {f"{key}, flexible": {"base": {"accuracy": 0.25}, "trained": {"accuracy": by}} for key, by in SCORED.items()}
+    lines = tables.longest(default | {"results": {"scores": scores}}, other).splitlines()
+    assert lines[0].split(" | ")[2] == "reward, steps 1-2"
+    assert lines[2:] == [
+        "| b | 0.003 | 30.0% | the default | 25.0% -> 50.0% | 25.0% -> 75.0% |",
+        "| a | 0.003 | 40.0% | +10.0% ± 20.0% | not evaluated | not evaluated |",  # -10 and +30 points
     ]
 
 
