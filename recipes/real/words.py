@@ -2,8 +2,9 @@
 
     python recipes/real/words.py
 
-Rows are GSM8K's: question and answer, "#### N". Test numbers are never trained on: what is added, subtracted or multiplied is
-hashed, and the hash says which side it belongs to. The files are in the repository; a test writes them again.
+Rows are GSM8K's: question and answer, "#### N". Test numbers are never trained on in their order: what is added,
+subtracted or multiplied is hashed in order, and the hash says which side it belongs to, so "3 bags of 5" and "5 bags of
+3" may part. The files are in the repository; a test writes them again.
 """
 
 import json
