@@ -30,6 +30,7 @@ RUNS = {  # folder of docs/real-models: what it is
     "qwen-coder-0.5b-plain": "(a) with the best other arm of its grid: the plain prompt",
     "smollm2-words": "(b) SmolLM2-135M-Instruct, words, 13 shared numbers",
     "qwen-coder-0.5b-random": "(c) The control of (a): a fair coin for a reward",
+    "smollm2-words-random": "(c) The control of (b): a fair coin for a reward",
     "smollm2-words-bottom": "(d) SmolLM2, words, 13 numbers in the bottom singular vectors",
     "smollm2-words-lora-xs": "(d) SmolLM2, words, LoRA-XS: 840 numbers, none shared",
 }
