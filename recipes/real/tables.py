@@ -102,6 +102,10 @@ def gain(cell: dict[str, float]) -> str:
     return f"{cell['gain']:+.1%} [{cell['low']:+.1%}, {cell['high']:+.1%}]"
 
 
+def base_to_trained(row: dict[str, Any]) -> str:
+    return f"{row['base']['accuracy']:.1%} -> {row['trained']['accuracy']:.1%}"
+
+
 def before_and_after(run: Run) -> str:
     """The base and the trained model on the same held-out problems."""
     results, t = run["results"], run["config"]["settings"]["temperature"]
@@ -233,7 +237,7 @@ def readme(runs: dict[str, Run]) -> str:
             cells = [RUNS[name]]
             for key in ("greedy", "avg@1"):
                 row = run["results"]["scores"][f"{key}, flexible"]
-                cells += [f"{row['base']['accuracy']:.1%} -> {row['trained']['accuracy']:.1%}", gain(row["paired"])]
+                cells += [base_to_trained(row), gain(row["paired"])]
             rows.append(cells)
     return markdown(["", "greedy", "paired gain [95 %]", "sampled", "paired gain [95 %]"], rows)
 
@@ -291,8 +295,8 @@ def longest(default: Run, other: Run) -> str:
         against = change([run], [default], slice(n)) if run is not default else "the default"
         cells = [prompt_of(run), rate_of(run), f"{fmean(rewards(run)[:n]):.1%}", against]
         for key in ("avg@1", "greedy"):
-            row = run["results"]["scores"][f"{key}, flexible"] if "results" in run else None
-            cells.append(f"{row['base']['accuracy']:.1%} -> {row['trained']['accuracy']:.1%}" if row else "not evaluated")
+            scores = run["results"]["scores"] if "results" in run else None
+            cells.append(base_to_trained(scores[f"{key}, flexible"]) if scores else "not evaluated")
         rows.append(cells)
     header = ["prompt", "rate", f"reward, steps 1-{n}", "against the default", "held out, sampled at 1", "greedily"]
     return markdown(header, rows)
