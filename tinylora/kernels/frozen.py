@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tinylora.kernels import dispatch
 from tinylora.kernels.correction import padded_width, row_stride
-from tinylora.kernels.products import onednn_blocks
+from tinylora.kernels.products import bf16_products, onednn_blocks
 
 SPARE = 24  # rank that a buffer has room for from the start: three segments of rank 8
 
@@ -56,8 +56,8 @@ class FrozenLinear:
 
     @property
     def has_blocks(self) -> bool:
-        """Whether few rows are multiplied with a second copy of the weights: bf16 ones for fp32 rows, on a CPU."""
-        return self.buffer is not None and self.buffer.dtype != self.around
+        """Whether few rows are multiplied with a second copy of the weights: bf16 ones for fp32 rows, on a CPU that can."""
+        return self.buffer is not None and self.buffer.dtype != self.around and bf16_products()
 
     def blocks(self) -> Tensor | None:
         """That copy, made anew where the buffer has changed since; None where the weights serve as they lie."""

@@ -16,6 +16,7 @@ from torch import Tensor
 NARROW = 8  # rows and narrow columns of every CPU GEMM are multiples of this
 ONEDNN_COLUMNS = 512  # inner size from which oneDNN's narrow product was faster than MKL's at every number of rows measured
 FEW = 128  # rows up to which a bf16 weight in oneDNN's own order is worth a second copy of it
+TILE = 1 << 20  # numbers of a bf16 weight that are widened to fp32 at a time: 4 MB, which a cache holds
 CHAIN = 1024  # longest sum given to oneDNN: it adds in one chain, and its error passes twice MKL's beyond about 1,500 terms
 
 
@@ -47,7 +48,8 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, blocks:
     """
     if weight.dtype != x.dtype:
         narrow = x.to(weight.dtype)
-        y = (F.linear(narrow, weight) if blocks is None else _by_blocks(narrow, blocks)).to(x.dtype)
+        product = F.linear if bf16_products() else _widened
+        y = (product(narrow, weight) if blocks is None else _by_blocks(narrow, blocks)).to(x.dtype)
         if bias is not None:
             y[:, : len(bias)] += bias
         return y
@@ -61,9 +63,9 @@ def onednn_blocks(weight: Tensor) -> Tensor | None:
     From a weight as it lies oneDNN copies it so at every call: of a 0.5B model's layers that is 148 of 220 ms at 32 rows. None
     where this processor or PyTorch cannot.
     """
-    mkldnn: Any = torch.ops.mkldnn
-    if not torch.backends.mkldnn.is_available() or not mkldnn._is_mkldnn_bf16_supported():
+    if not bf16_products():
         return None
+    mkldnn: Any = torch.ops.mkldnn
     blocks: Tensor = mkldnn._reorder_linear_weight(weight, None)
     x = torch.randn(FEW, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     y = F.linear(x, weight)
@@ -72,6 +74,22 @@ def onednn_blocks(weight: Tensor) -> Tensor | None:
 
 def _by_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, blocks, None, "none", [], "")
+
+
+def _widened(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T (T, N), rounded to bf16, of bf16 x (T, K) and weight (N, K): products in fp32, of one tile of the weight after
+    another."""
+    rows = max(NARROW, TILE // weight.shape[1] // NARROW * NARROW)
+    x = x.float()  # (T, K)
+    return torch.cat([F.linear(x, tile.float()).bfloat16() for tile in weight.split(rows)], 1)
+
+
+@cache
+def bf16_products() -> bool:
+    """Whether oneDNN multiplies bf16 on this processor, as with AVX512 or AMX. Without, PyTorch's products of bf16 took 1.2 to
+    12 times as long as fp32's: 16 GFLOP/s beside 120."""
+    mkldnn: Any = torch.ops.mkldnn
+    return torch.backends.mkldnn.is_available() and bool(mkldnn._is_mkldnn_bf16_supported())
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from tinylora.errors import InputError
 from tinylora.hashes import content_hash
 from tinylora.kernels import dispatch
 from tinylora.kernels.frozen import FrozenLinear
+from tinylora.kernels.products import bf16_products
 from tinylora.model import gguf
 from tinylora.model.config import GROUPS, ModelConfig, module_name
 from tinylora.model.decoder import Decoder, Layer
@@ -84,6 +86,12 @@ def load_model(path_or_id: str, device: str = "auto", dtype: str = "auto") -> De
     dispatch.prove(torch.device(device))  # kernels that are to run there have to be matched against their references first
     weights = _DTYPES[dtype]
     mixed = weights == torch.bfloat16 and device == "cpu" and dispatch.backend(device) == "native"
+    if mixed and not bf16_products():
+        warnings.warn(
+            f"--dtype {dtype} halves the layers' weights in memory and saves no time here: this processor multiplies no bf16, "
+            "so they are widened to float32 as they are read; --dtype float32 is faster",
+            stacklevel=2,
+        )
     place = torch.device(device), torch.float32 if mixed else weights
     read = gguf.Checkpoint(file, config, *place) if file else _Checkpoint(path, *place)
     return build_decoder(config, read, file.path if file else path, weights)
