@@ -13,7 +13,7 @@ from tinylora.kernels.frozen import FrozenLinear
 from tinylora.kernels.fused_linear import config as linear_config
 from tinylora.kernels.launch import row_config
 from tinylora.kernels.linear import linear, linear_ref
-from tinylora.kernels.products import CHAIN, FEW, onednn_keeps_rows, onednn_linear
+from tinylora.kernels.products import CHAIN, FEW, TILE, bf16_products, onednn_keeps_rows, onednn_linear
 from tinylora.kernels.rms_norm import rms_norm_ref
 
 T = 24  # a multiple of 8, as every plain op gets it
@@ -198,6 +198,14 @@ def products(monkeypatch):
     return calls
 
 
+@pytest.fixture(params=["", "widened"])
+def processor(request, monkeypatch):
+    """As this one is, and one without bf16 products."""
+    if request.param:
+        monkeypatch.setattr(products_module, "bf16_products", lambda: False)
+
+
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("carries", [False, True])
@@ -245,7 +253,7 @@ def bf16_group(N, K):
     return group
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bf16 products")
+@pytest.mark.skipif(not bf16_products(), reason="this processor has no bf16 products")
 @pytest.mark.parametrize("N, K", [(1152, 896), (896, 4864), (56, 72)])
 def test_few_rows_of_bf16_read_blocks(monkeypatch, N, K):
     """Up to FEW rows, to the bit what more rows get; and never weights that were there before."""
@@ -285,8 +293,25 @@ def test_long_sums_are_not_onednns(products):
         products.clear()
 
 
+@pytest.mark.parametrize("K, N", [(64, 24), (TILE // 16, 40), (TILE, 24)])
+def test_without_bf16_products_sums_are_fp32s(monkeypatch, K, N):
+    """By tiles of the weight, none larger than TILE unless 8 of its rows are, and rounded once, as plain bf16 is."""
+    monkeypatch.setattr(products_module, "bf16_products", lambda: False)
+    dtypes, sizes, linear_ = set(), [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w: dtypes.update((x.dtype, w.dtype)) or sizes.append(w.numel()) or linear_(x, w))
+    x, weight = draw(11)(8, K).float(), draw(12)(N, K).bfloat16()
+    for w in (weight, weight.T.contiguous().T):
+        dtypes.clear(), sizes.clear()
+        y = onednn_linear(x, w)
+        assert dtypes == {torch.float32} and sum(sizes) == N * K and max(sizes) <= max(TILE, 8 * K)
+        exact = x.bfloat16().double() @ w.double().T
+        assert y.dtype == torch.float32 and torch.equal(y, y.bfloat16().float())
+        assert rms(y - exact) <= 2 * rms(exact.bfloat16() - exact)
+
+
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("rows", [8, 24, 64, 96])
-@pytest.mark.parametrize("width, columns", [(64, 64), (400, 128), (512, 16), (896, 1152)])
+@pytest.mark.parametrize("width, columns", [(64, 64), (400, 128), (512, 16), (896, 1152), (896, 1240)])
 def test_a_rows_bits_are_its_own(rows, width, columns):
     """Whichever library multiplies here, in a weight as it lies and transposed, of fp32 and of bf16."""
     randn = draw(5)

@@ -103,6 +103,17 @@ def test_digests_do_not_depend_on_the_dtype_asked_for(tiny_model):
     assert low.digests == load_model(path).digests
 
 
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_bfloat16_that_saves_no_time_is_said(tiny_model, monkeypatch, recwarn, multiplies):
+    monkeypatch.setenv("TINYLORA_BACKEND", "native")
+    monkeypatch.setattr("tinylora.model.loader.bf16_products", lambda: multiplies)
+    path = str(tiny_model("qwen2"))
+    load_model(path)
+    assert not recwarn.list
+    load_model(path, dtype="bfloat16")
+    assert ["--dtype float32 is faster" in str(w.message) for w in recwarn.list] == [True] * (not multiplies)
+
+
 @pytest.mark.parametrize("backend", ["native", "addmm"])
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16_errs_at_most_twice_as_much_as_transformers(tiny_model, monkeypatch, case, backend):
