@@ -103,9 +103,10 @@ def test_digests_do_not_depend_on_the_dtype_asked_for(tiny_model):
     assert low.digests == load_model(path).digests
 
 
+@pytest.mark.parametrize("backend", ["native", "addmm"])
 @pytest.mark.parametrize("multiplies", [True, False])
-def test_bfloat16_that_saves_no_time_is_said(tiny_model, monkeypatch, recwarn, multiplies):
-    monkeypatch.setenv("TINYLORA_BACKEND", "native")
+def test_bfloat16_that_saves_no_time_is_said(tiny_model, monkeypatch, recwarn, multiplies, backend):
+    monkeypatch.setenv("TINYLORA_BACKEND", backend)
     monkeypatch.setattr("tinylora.model.loader.bf16_products", lambda: multiplies)
     path = str(tiny_model("qwen2"))
     load_model(path)

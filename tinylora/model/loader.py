@@ -72,8 +72,9 @@ def load_model(path_or_id: str, device: str = "auto", dtype: str = "auto") -> De
     from a GGUF file, on disk or on the hub (owner/repo/FILE.gguf).
 
     device "auto" is CUDA where there is one; dtype "auto" is the checkpoint's on CUDA, bfloat16 for quantised weights, and
-    float32 on a CPU. On a CPU bfloat16 is the layers' weights' alone: everything else, the head included, stays in float32.
-    InputError for a missing directory, an unsupported architecture, a broken or missing file, a missing or misshapen tensor.
+    float32 on a CPU. On a CPU bfloat16 is the layers' weights' alone: everything else, the head included, stays in float32; a
+    warning says where the processor multiplies no bf16. InputError for a missing directory, an unsupported architecture, a
+    broken or missing file, a missing or misshapen tensor.
     """
     path = resolve_model(path_or_id)
     file, config = gguf.read_head(path) if path.is_file() else (None, load_config(path))
@@ -85,13 +86,11 @@ def load_model(path_or_id: str, device: str = "auto", dtype: str = "auto") -> De
         raise InputError(f"--dtype {dtype}: choose one of auto, {', '.join(_DTYPES)}")
     dispatch.prove(torch.device(device))  # kernels that are to run there have to be matched against their references first
     weights = _DTYPES[dtype]
-    mixed = weights == torch.bfloat16 and device == "cpu" and dispatch.backend(device) == "native"
-    if mixed and not bf16_products():
-        warnings.warn(
-            f"--dtype {dtype} halves the layers' weights in memory and saves no time here: this processor multiplies no bf16, "
-            "so they are widened to float32 as they are read; --dtype float32 is faster",
-            stacklevel=2,
-        )
+    narrow = weights == torch.bfloat16 and device == "cpu"
+    if narrow and not bf16_products():
+        said = "saves memory and no time here: this processor multiplies no bf16; --dtype float32 is faster"
+        warnings.warn(f"--dtype {dtype} {said}", stacklevel=2)
+    mixed = narrow and dispatch.backend(device) == "native"
     place = torch.device(device), torch.float32 if mixed else weights
     read = gguf.Checkpoint(file, config, *place) if file else _Checkpoint(path, *place)
     return build_decoder(config, read, file.path if file else path, weights)
