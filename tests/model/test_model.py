@@ -109,10 +109,10 @@ def test_bfloat16_that_saves_no_time_is_said(tiny_model, monkeypatch, recwarn, m
     monkeypatch.setenv("TINYLORA_BACKEND", backend)
     monkeypatch.setattr("tinylora.model.loader.bf16_products", lambda: multiplies)
     path = str(tiny_model("qwen2"))
-    load_model(path)
-    assert not recwarn.list
-    load_model(path, dtype="bfloat16")
-    assert ["--dtype float32 is faster" in str(w.message) for w in recwarn.list] == [True] * (not multiplies)
+    for dtype in ("float32", "bfloat16"):
+        load_model(path, dtype=dtype)
+    said = [str(w.message) for w in recwarn.list if "multiplies no bf16" in str(w.message)]
+    assert len(said) == (not multiplies) and all("--dtype bfloat16" in line for line in said)
 
 
 @pytest.mark.parametrize("backend", ["native", "addmm"])
