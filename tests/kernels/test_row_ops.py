@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tinylora.kernels import add_norm, rope, shrink, swiglu
+from tinylora.kernels import frozen as frozen_module
 from tinylora.kernels import linear as linear_module
 from tinylora.kernels import products as products_module
 from tinylora.kernels.accuracy import rms
@@ -202,7 +203,8 @@ def products(monkeypatch):
 def processor(request, monkeypatch):
     """As this one is, and one without bf16 products."""
     if request.param:
-        monkeypatch.setattr(products_module, "bf16_products", lambda: False)
+        for module in (products_module, frozen_module):
+            monkeypatch.setattr(module, "bf16_products", lambda: False)
 
 
 @pytest.mark.usefixtures("processor")
