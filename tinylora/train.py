@@ -14,7 +14,7 @@ from tinylora.rl.trainer import Trainer
 
 @dataclass(frozen=True)
 class TrainCommand(TrainConfig):
-    """Train a handful of numbers on a frozen model by GRPO. With no flags: 13 numbers on the built-in base, about 12 seconds
+    """Train a handful of numbers on a frozen model by GRPO. With no flags: 13 numbers on the built-in base, 12 to 35 seconds
     on two cores. A step's batch is --prompts-per-step PROMPTS times --num-generations completions (TRL counts completions).
     --config FILE.toml gives settings by these names; flags win over it."""
 
