@@ -8,12 +8,13 @@ from typing import Any, Literal
 from tinylora.cli import flag, run_command
 from tinylora.engine.text import Text, fitting_rows
 from tinylora.errors import InputError
-from tinylora.evaluation.answers import answer, versions
+from tinylora.evaluation.answers import RewardOf, answer, versions
 from tinylora.evaluation.scores import EXTRACTORS, Scored, compare, comparison_table, lengths_table
 from tinylora.files import write_text
 from tinylora.loading import load_adapter
 from tinylora.model.loader import load_model, resolve_model
-from tinylora.rl.config import BUILTIN_PRESET, TrainConfig, preset
+from tinylora.rl.config import ACCURACY, BUILT_IN_REWARDS, BUILTIN_PRESET, TrainConfig, preset
+from tinylora.rl.rewards import Rewards
 from tinylora.rl.run_directory import v_at_step
 from tinylora.tasks.prompts import PromptStyle
 from tinylora.tasks.sets import Row, load_task
@@ -22,8 +23,8 @@ from tinylora.tasks.sets import Row, load_task
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Answer held-out problems greedily and --num-generations times at --temperature; with --adapter, base and adapter on
-    the same problems with the paired difference. What was generated once is kept in the cache, so that an interrupted
-    evaluation goes on. The last line is one JSON object."""
+    the same problems with the paired difference; with --reward, by that. What was generated once is kept in the cache, so that
+    an interrupted evaluation goes on. The last line is one JSON object."""
 
     model: str = "builtin"
     """Hugging Face directory, hub id or GGUF file; "builtin" and "builtin-medium" come with the package."""
@@ -47,8 +48,13 @@ class EvaluateConfig:
     """How eval/accuracy reads an answer; both are always reported. Default: strict for the built-in models, else flexible."""
     eval_size: int | None = None
     """The first so many test problems; default: 1024 of the built-in task, all of any other."""
+    reward: tuple[str, ...] = ()
+    """Score by your own reward functions, as in training: "FILE.py:function" or "package.module:function"; "accuracy" is exact
+    match of the answer."""
+    reward_weights: tuple[float, ...] = ()
+    """Weight of each reward in their sum; default: 1 each."""
     num_generations: int = 1
-    """Sampled completions of each problem: avg@k and pass@k."""
+    """Sampled completions of each problem: avg@k and pass@k; 0: greedy answers alone."""
     temperature: float = 1.0
     """Of the sampled completions."""
     top_p: float = 1.0
@@ -65,10 +71,12 @@ class EvaluateConfig:
     """Precision of the frozen model; auto: the checkpoint's on CUDA, float32 on a CPU."""
 
     def __post_init__(self) -> None:
-        for name in ("eval_size", "max_completion_length", "num_generations"):
+        for name, least in (("eval_size", 1), ("max_completion_length", 1), ("num_generations", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{flag(name)} {value}: it must be at least 1")
+            if value is not None and value < least:
+                raise InputError(f"{flag(name)} {value}: it must be at least {least}")
+        if self.reward_weights and len(self.reward_weights) != len(self.reward):
+            raise InputError(f"--reward-weights: {len(self.reward_weights)} weights for {len(self.reward)} rewards")
         if self.temperature <= 0:
             raise InputError(
                 f"--temperature {self.temperature}: greedy answers are always given; sampling needs a positive one"
@@ -86,27 +94,40 @@ def samples(task: str, rows: list[Row], text: Text, policies: dict[str, Scored])
     """The lines of samples.jsonl for one task."""
     lines = []
     for who, scored in policies.items():
-        parts = (("greedy", scored.greedy, scored.greedy_verdicts), ("sampled", scored.sampled, scored.sampled_verdicts))
-        for decoding, answers, verdicts in parts:
-            for i, (row, given, judged) in enumerate(zip(rows, answers, verdicts, strict=True)):
-                for j, (a, v) in enumerate(zip(given, judged, strict=True)):
+        for decoding, answers in (("greedy", scored.greedy), ("sampled", scored.sampled)):
+            verdicts, rewards = scored.verdicts(decoding), scored.rewards.get(decoding, {})
+            for i, (row, given) in enumerate(zip(rows, answers, strict=True)):
+                for j, a in enumerate(given):
                     line = {"task": task, "problem": i, "policy": who, "decoding": decoding, "sample": j}
-                    line |= {"prompt": text.render(row["prompt"]), **a, "gold": row["answer"]}
-                    line |= {e: {"answer": v.answers[e], "right": v.right[e]} for e in EXTRACTORS}
-                    lines.append(json.dumps({**line, "failure": v.failure}))
+                    line |= {"prompt": text.render(row["prompt"]), **a, "gold": row.get("answer")}
+                    if verdicts:
+                        v = verdicts[i][j]
+                        line |= {e: {"answer": v.answers[e], "right": v.right[e]} for e in EXTRACTORS} | {"failure": v.failure}
+                    line |= {"rewards": {name: values[i][j] for name, values in rewards.items()}} if rewards else {}
+                    lines.append(json.dumps(line))
     return lines
+
+
+def _rewards(c: EvaluateConfig, rows: list[Row], text: Text, extractor: str) -> RewardOf | None:
+    """What --reward says of answers to these rows; None where it is exact match, which is always told."""
+    if all(spec in BUILT_IN_REWARDS for spec in c.reward):
+        return None
+    rewards = Rewards(c.reward, c.reward_weights, extractor, c.seed)
+    rewards.take_columns(rows)
+    return lambda asked, *given: rewards.evaluated(asked, [text.render(row["prompt"]) for row in asked], *given)
 
 
 def main(arguments: list[str]) -> int:
     import tyro  # the commands' alone, as in `train`
 
     c = tyro.cli(EvaluateConfig, args=arguments, prog="python -m tinylora.evaluate")
-    defaults = preset(c.model)
-    names = c.dataset or (defaults.get("dataset", TrainConfig.dataset),)
-    extractor = c.extractor or defaults.get("extractor", TrainConfig.extractor)
+    names = c.dataset or (preset(c.model).get("dataset", TrainConfig.dataset),)
+    extractor = c.extractor or preset(c.model, dataset=names[0]).get("extractor", TrainConfig.extractor)
+    own = any(spec not in BUILT_IN_REWARDS for spec in c.reward)
     if c.data is not None and names == ("builtin",):
         raise InputError("--data is of other tasks than builtin, which the built-in models have: say --dataset, and --model")
-    tasks = {name: load_task(name, None if name == "builtin" else c.data, c.prompt_style, ("test",)) for name in names}
+    needed = not own or ACCURACY in c.reward
+    tasks = {name: load_task(name, None if name == "builtin" else c.data, c.prompt_style, ("test",), needed) for name in names}
     if empty := [name for name, task in tasks.items() if not task.test]:
         raise InputError(f"--dataset {empty[0]}: there are no test rows")
     if c.show_prompt:
@@ -139,13 +160,14 @@ def main(arguments: list[str]) -> int:
             raise InputError(f"--dataset {name}: no prompt leaves room for --max-completion-length {length} tokens")
         if dropped := len(rows) - len(fitting):
             print(f"{name}: {dropped} prompts leave no room for {length} tokens and are not used")
-        grader = task.grader()
+        grader = task.grader() if needed or task.known else None
         try:
-            kinds = (c.num_generations, c.temperature, c.top_p, c.seed)
+            kinds = (c.num_generations, c.temperature, c.top_p, c.seed, _rewards(c, fitting, text, extractor))
             base = answer(model, None, text, fitting, grader, length, f"{name}, base", *kinds)
             trained = answer(model, adapter, text, fitting, grader, length, f"{name}, trained", *kinds) if adapter else None
         finally:
-            grader.close()
+            if grader is not None:
+                grader.close()
         policies = {"base": base, **({"trained": trained} if trained else {})}
         failures = sum(
             v.failure is not None
@@ -176,7 +198,8 @@ def main(arguments: list[str]) -> int:
         lines += samples(name, fitting, text, policies)
         last[name] = metrics
         if trained is not None:
-            pair = comparison[f"avg@{c.num_generations}, {extractor}"]["paired"]
+            kind = f"avg@{c.num_generations}" if c.num_generations else "greedy"
+            pair = comparison[f"{kind}, {'reward' if own else extractor}"]["paired"] or dict.fromkeys(("gain", "low", "high"))
             last[name] = {
                 **metrics,
                 **{f"base/{key}": value for key, value in base.metrics(extractor).items()},

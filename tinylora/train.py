@@ -7,7 +7,7 @@ from typing import Any
 
 from tinylora.cli import flag, read_settings, run_command, split_flag
 from tinylora.errors import InputError
-from tinylora.rl.config import GONE, TrainConfig, preset
+from tinylora.rl.config import TrainConfig, preset, stored_settings
 from tinylora.rl.dry_run import dry_run, first_prompt
 from tinylora.rl.trainer import Trainer
 
@@ -50,7 +50,7 @@ def parse(arguments: list[str]) -> TrainCommand:
             raise InputError("--resume needs --output-dir, the run to continue")
         settings = {**_stored_settings(Path(output_dir)), **settings}
     else:
-        said = {n: split_flag(arguments, f"--{n}")[0] or settings.get(n) for n in ("model", "method", "algorithm")}
+        said = {n: split_flag(arguments, f"--{n}")[0] or settings.get(n) for n in ("model", "method", "algorithm", "dataset")}
         usual = preset(**{name: value for name, value in said.items() if value})
         settings = {**usual, **({"max_steps": -1} if epochs else {}), **settings}
     program = "python -m tinylora.train"
@@ -87,10 +87,9 @@ def dashed(argument: str) -> str:
 
 def _stored_settings(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads((path / "config.json").read_text())["settings"]
+        return stored_settings(json.loads((path / "config.json").read_text())["settings"])
     except (OSError, ValueError, KeyError):
         raise InputError(f"--resume: {path} holds no run") from None
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k not in GONE}
 
 
 def describe(trainer: Trainer) -> str:
@@ -106,10 +105,12 @@ def describe(trainer: Trainer) -> str:
 
 def _evaluation(c: TrainConfig, path: Path, step: int) -> str:
     """The command that scores the adapter after a step of this run: the settings that are not the model's usual ones."""
-    usual = {f.name: f.default for f in fields(TrainConfig)} | preset(c.model) | {"model": TrainConfig.model}
+    usual = {f.name: f.default for f in fields(TrainConfig)} | preset(c.model) | {"model": TrainConfig.model, "reward": ()}
     asked = ["model", "dataset", "data", "prompt_style", "max_completion_length", "dtype"]
     asked += ["temperature"] if c.temperature else []  # greedy answers are always given
-    given = [f"{flag(name)} {getattr(c, name)}" for name in asked if getattr(c, name) != usual[name]]
+    asked += ["reward"] if c.own_reward else []
+    said = {name: getattr(c, name) for name in asked if getattr(c, name) != usual[name]}
+    given = [f"{flag(name)} {' '.join(v) if isinstance(v, tuple) else v}" for name, v in said.items()]
     return " ".join(["python -m tinylora.evaluate", *given, f"--adapter {path} --adapter-step {step}"])
 
 

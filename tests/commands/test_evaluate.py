@@ -57,9 +57,9 @@ def count_rollouts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts each call of rollout got, from here on."""
     calls: list[int] = []
 
-    def counted(model: Any, matrices: Any, prompts: Any, *rest: Any) -> Any:
+    def counted(model: Any, matrices: Any, prompts: Any, *rest: Any, **options: Any) -> Any:
         calls.append(len(prompts))
-        return rollout(model, matrices, prompts, *rest)
+        return rollout(model, matrices, prompts, *rest, **options)
 
     monkeypatch.setattr(sample_cache, "rollout", counted)
     return calls
@@ -121,7 +121,7 @@ def test_run_again_it_generates_nothing(tmp_path: Path, adapter: Path, monkeypat
     ("change", "generated"),
     [
         (["--eval-size", "10"], 0),
-        (["--eval-size", "24"], 4 * 24),
+        (["--eval-size", "24"], 4 * 4),
         (["--seed", "1"], 4 * 20),
         (["--max-completion-length", "39"], 4 * 20),
         (["--temperature", "0.9"], 2 * 20),
@@ -212,14 +212,31 @@ def test_a_torn_line_costs_its_own_answers(cache: Path) -> None:
     assert sample_cache.Store("kind", "key").entries == {"a": 1, "c": 3}
 
 
-def test_chunks_change_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_kept_as_they_end_and_an_interruption_changes_none(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after its seventh answer: the prompts whose two answers had ended are not generated again."""
     model = load_model("builtin", "cpu")
     prompts = [[1, 5, 6, 7], [2, 9], [3, 3, 8]] * 3
     text = type("T", (), {"decode": staticmethod(str)})()
     sampling = Sampling(12, 1.0, seed=3, eos_ids=(0,))
     whole = sample_cache.sample(model, None, text, prompts, 2, sampling, {"a": 1}, "")
-    monkeypatch.setattr(sample_cache, "CHUNK", 4)
+
+    class Interrupting:
+        ended = 0
+
+        def decode(self, tokens: list[int]) -> str:
+            self.ended += 1
+            if self.ended > 7:
+                raise KeyboardInterrupt
+            return str(tokens)
+
+    with pytest.raises(KeyboardInterrupt):
+        sample_cache.sample(model, None, Interrupting(), prompts, 2, sampling, {"a": 2}, "")
+    [kept] = [f for f in cache.glob("completions-*") if len(f.read_text().splitlines()) < len(prompts)]
+    before = len(kept.read_text().splitlines())
+    assert 1 <= before <= 3
+    calls = count_rollouts(monkeypatch)
     assert sample_cache.sample(model, None, text, prompts, 2, sampling, {"a": 2}, "") == whole
+    assert calls == [len(prompts) - before]
     assert [a["completion"] for given in whole for a in given] == [
         str(c.tokens) for c in rollout(model, None, prompts, 2, sampling)
     ]
@@ -249,7 +266,7 @@ def test_several_tasks_on_a_model_with_its_own_tokenizer(
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--num-generations", "0"], "--num-generations 0"),
+        (["--num-generations", "-1"], "--num-generations -1"),
         (["--eval-size", "0"], "--eval-size 0"),
         (["--temperature", "0"], "--temperature 0"),
         (["--top-p", "2"], "--top-p 2"),
@@ -272,5 +289,5 @@ def test_training_and_evaluating_agree(tmp_path: Path, cache: Path) -> None:
         train.main(["--output-dir", str(tmp_path / "run"), *short])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     last = json.loads(run("--adapter", str(tmp_path / "run"), "--eval-size", "40").splitlines()[-1])
-    assert {k: last[k] for k in rows[-1] if k != "step"} == {k: v for k, v in rows[-1].items() if k != "step"}
+    assert {k: last[k] for k in rows[-1] if k.startswith("eval/")} == {k: v for k, v in rows[-1].items() if k.startswith("eval/")}
     assert last["base/eval/accuracy"] == rows[0]["eval/accuracy"]

@@ -119,10 +119,10 @@ def test_unscorable_completions_get_zero_and_do_not_move_the_others(scale: str) 
 
 
 def test_shares_of_dead_groups_add_up() -> None:
-    """All right has a positive reward; all wrong is every other dead group, one without any reward included."""
+    """All right has a positive reward; a group without any reward is neither that nor all wrong, which is the others."""
     groups = [[1, 1], [1, 1], [0, 0], [-1, -1], [NAN, NAN], [0.5, NAN], [0, 1], [-1, 1]]
     found = compute_advantages(torch.tensor(groups).flatten(), 2, "group")
-    assert (found.zero_std, found.all_right, found.all_wrong) == (6 / 8, 3 / 8, 3 / 8)
+    assert (found.zero_std, found.all_right, found.all_wrong, found.unscored) == (6 / 8, 3 / 8, 2 / 8, 1 / 8)
     for seed in range(20):
         rewards = (torch.rand(60, generator=torch.Generator().manual_seed(seed)) < 0.5).double()
         found = compute_advantages(rewards, 2, "batch")
@@ -135,7 +135,7 @@ def test_shares_of_dead_groups_add_up() -> None:
 def test_nothing_scorable_at_all() -> None:
     found = compute_advantages(torch.full((6,), NAN), 3, "batch")
     assert found.values.tolist() == [0.0] * 6 and not found.live.any()
-    assert (found.zero_std, found.all_right, found.all_wrong) == (1.0, 0.0, 1.0)
+    assert (found.zero_std, found.all_right, found.all_wrong, found.unscored) == (1.0, 0.0, 0.0, 1.0)
 
 
 def test_scale_batch_is_one_divisor_for_all() -> None:

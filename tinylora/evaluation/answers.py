@@ -4,7 +4,7 @@ Completions and verdicts lie on disk by everything that they depend on: an evalu
 run again generates nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,19 @@ from tqdm import tqdm
 
 import tinylora
 from tinylora.adapter.on_decoder import Adapter
-from tinylora.engine.rollout import Sampling, rollout
+from tinylora.engine.rollout import Completion, Sampling, rollout
 from tinylora.engine.text import Text
-from tinylora.evaluation.scores import Answer, Scored, Scores
+from tinylora.evaluation.scores import EXTRACTORS, Answer, Scored, Scores
 from tinylora.evaluation.store import Store
 from tinylora.hashes import digest
 from tinylora.model.decoder import Decoder, Matrices
 from tinylora.tasks.grader import Grader
 from tinylora.tasks.grading import GRADER_VERSION, Verdict
 
-CHUNK = 512  # completions generated between two writes
+# Rewards of answers by name, the sum's is "reward": given rows, texts, token ids and verdicts, one of each an answer.
+RewardOf = Callable[
+    [Sequence[dict[str, Any]], Sequence[str], Sequence[list[int]], Sequence[Verdict | None]], dict[str, list[float | None]]
+]
 
 EVAL_SEED = 1 << 32  # sampling streams of evaluations, away from training's
 
@@ -40,26 +43,42 @@ def sample(
     sampling: Sampling,
     about: dict[str, Any],
     label: str,
+    ids: bool = False,
 ) -> list[list[Answer]]:
-    """`generations` answers to each prompt; those that `about` (model, adapter, versions) has seen come from the store."""
+    """`generations` answers to each prompt; those that `about` (model, adapter, versions) has seen come from the store, where
+    each prompt's are written as they end. `ids`: with their token ids."""
     shared = {**about, "sampling": vars(sampling), "generations": generations}
     store = Store("completions", digest(shared))
     keys = [digest(i, list(prompt)) for i, prompt in enumerate(prompts)]
-    step = max(1, CHUNK // generations)
-    starts = [s for s in range(0, len(prompts), step) if any(k not in store.entries for k in keys[s : s + step])]
-    for start in tqdm(starts, desc=label, unit="chunk", leave=False):
-        part = prompts[start : start + step]
-        completions = rollout(model, matrices, part, generations, sampling, start * generations)
-        answers = [{"completion": text.decode(c.tokens), "tokens": len(c.tokens), "finished": c.finished} for c in completions]
-        store.add({keys[start + i]: answers[i * generations : (i + 1) * generations] for i in range(len(part))})
+    missing = [i for i, key in enumerate(keys) if not _has(store.entries.get(key), ids)]
+    given: dict[int, dict[int, Answer]] = {i: {} for i in missing}  # by prompt, by sample
+    if not missing:
+        return [store.entries[key] for key in keys]
+    with tqdm(total=len(missing) * generations, desc=label, unit="completion", leave=False) as bar:
+
+        def keep(sequence: int, c: Completion) -> None:
+            place, sample_number = divmod(sequence, generations)
+            i = missing[place]
+            given[i][sample_number] = {"completion": text.decode(c.tokens), "tokens": len(c.tokens), "finished": c.finished}
+            given[i][sample_number] |= {"ids": c.tokens} if ids else {}
+            if len(given[i]) == generations:
+                store.add({keys[i]: [given[i][n] for n in range(generations)]})
+            bar.update()
+
+        names = [(sampling.seed, i * generations + n) for i in missing for n in range(generations)]
+        rollout(model, matrices, [prompts[i] for i in missing], generations, sampling, names=names, on_completion=keep)
     return [store.entries[key] for key in keys]
+
+
+def _has(answers: list[Answer] | None, ids: bool) -> bool:
+    return answers is not None and (not ids or all("ids" in a for a in answers))
 
 
 def judge(answers: Sequence[Sequence[Answer]], rows: Sequence[dict[str, Any]], grader: Grader) -> list[list[Verdict]]:
     """The verdict on every answer; those of this grader version come from the store, except where the grader gave up."""
     store = Store("verdicts", digest(GRADER_VERSION, grader.answer_format))
     keys = [
-        [digest(a["completion"], row["answer"], row.get("tolerance", 0.0)) for a in given]
+        [digest(a["completion"], *grader.golds(row), row.get("tolerance", 0.0)) for a in given]
         for given, row in zip(answers, rows, strict=True)
     ]
     futures = {
@@ -85,15 +104,16 @@ def answer(
     adapter: Adapter | None,
     text: Text,
     rows: list[dict[str, Any]],
-    grader: Grader,
+    grader: Grader | None,
     length: int,
     label: str,
-    generations: int = 1,  # sampled, of each problem
+    generations: int = 1,  # sampled, of each problem; 0: greedy answers alone
     temperature: float = 1.0,  # of these
     top_p: float = 1.0,
     seed: int = 0,
+    reward: RewardOf | None = None,
 ) -> Scored:
-    """Greedy and sampled answers and their verdicts, from the cache where they are there."""
+    """Greedy and sampled answers with their verdicts and rewards, from the cache where they are there; rewards are asked."""
     prompts = [text.prompt(row["prompt"]) for row in rows]
     about = {
         "base": model.base_hash,
@@ -109,9 +129,23 @@ def answer(
     stream = EVAL_SEED + seed
     greedy = Sampling(length, 0.0, seed=stream, eos_ids=text.eos_ids)
     warm = Sampling(length, temperature, top_p, seed=stream, eos_ids=text.eos_ids)
-    once = sample(model, matrices, text, prompts, 1, greedy, about, f"{label}, greedy")
-    many = sample(model, matrices, text, prompts, generations, warm, about, f"{label}, sampled")
-    return Scored(once, many, judge(once, rows, grader), judge(many, rows, grader))
+    ids = reward is not None
+    once = sample(model, matrices, text, prompts, 1, greedy, about, f"{label}, greedy", ids)
+    many: list[list[Answer]] = [[] for _ in rows]
+    if generations:
+        many = sample(model, matrices, text, prompts, generations, warm, about, f"{label}, sampled", ids)
+    scored = Scored(once, many)
+    if grader is not None:
+        scored.greedy_verdicts, scored.sampled_verdicts = judge(once, rows, grader), judge(many, rows, grader)
+    if reward is not None:
+        for kind, given in (("greedy", once), ("sampled", many if generations else [])):
+            flat = [a for answers in given for a in answers]
+            verdicts = [v for judged in scored.verdicts(kind) for v in judged]
+            asked = [row for row, answers in zip(rows, given, strict=False) for _ in answers]
+            values = reward(asked, [a["completion"] for a in flat], [a["ids"] for a in flat], verdicts) if flat else {}
+            k = len(given[0]) if given else 1
+            scored.rewards[kind] = {name: [v[i : i + k] for i in range(0, len(v), k)] for name, v in values.items()}
+    return scored
 
 
 def evaluate(
@@ -119,19 +153,30 @@ def evaluate(
     matrices: Matrices | None,
     text: Text,
     rows: Sequence[dict[str, Any]],
-    grader: Grader,
+    grader: Grader | None,
     extractor: str,
     max_completion_length: int,
     seed: int,
     cache_bytes: int | None = None,  # of `rollout`
+    reward: RewardOf | None = None,
 ) -> Scores:
-    """Answer every row once at temperature 1 and once greedily, under `matrices` (None: the base model)."""
+    """Answer every row once at temperature 1 and once greedily, under `matrices` (None: the base model). Rows without a gold
+    answer get no verdict."""
     prompts = [text.prompt(row["prompt"]) for row in rows]
+    right: dict[str, dict[str, list[bool]]] = {}
+    rewards: dict[str, dict[str, list[float | None]]] = {}
+    with tqdm(total=2 * len(rows), desc="evaluate", unit="completion", leave=False) as bar:
 
-    def verdicts(temperature: float) -> dict[str, list[bool]]:
-        s = Sampling(max_completion_length, temperature, seed=EVAL_SEED + seed, eos_ids=text.eos_ids)
-        answers = [text.decode(c.tokens) for c in rollout(model, matrices, prompts, 1, s, cache_bytes=cache_bytes)]
-        graded = grader.grade(answers, rows)
-        return {name: [v.right[name] for v in graded] for name in ("strict", "flexible")}
+        def ended(_: int, completion: Completion) -> None:
+            bar.update()
 
-    return Scores(verdicts(1.0), verdicts(0.0), extractor)
+        for kind, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+            s = Sampling(max_completion_length, temperature, seed=EVAL_SEED + seed, eos_ids=text.eos_ids)
+            found = rollout(model, matrices, prompts, 1, s, cache_bytes=cache_bytes, on_completion=ended)
+            answers = [text.decode(c.tokens) for c in found]
+            graded = [] if grader is None else grader.grade(answers, rows)
+            judged = [v for v in graded if v is not None]
+            right[kind] = {name: [v.right[name] for v in judged] for name in EXTRACTORS} if judged else {}
+            if reward is not None:
+                rewards[kind] = reward(rows, answers, [c.tokens for c in found], graded)
+    return Scores(right["sampled"], right["greedy"], extractor, rewards)

@@ -1,7 +1,7 @@
 """Scores: accuracies with their intervals, differences on the same problems, and the tables of both."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tinylora.cli import table
@@ -26,43 +26,89 @@ Answer = dict[str, Any]  # "completion": text; "tokens": how many; "finished": w
 
 @dataclass
 class Scores:
-    """Verdicts on the same problems, in order."""
+    """Verdicts on the same problems, in order, and what an own reward says of the same answers."""
 
-    sampled: dict[str, list[bool]]  # by extractor: "strict" and "flexible" on the same completions
+    sampled: dict[str, list[bool]]  # by extractor: "strict" and "flexible" on the same completions; empty without a grader
     greedy: dict[str, list[bool]]
     extractor: str
+    # "sampled" and "greedy": the "reward", and each function's where there are several; empty where exact match is the reward
+    rewards: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
 
-    def metrics(self) -> dict[str, float | int]:
-        """The evaluation row: accuracy and its standard error are at temperature 1 under the training extractor."""
+    @property
+    def n(self) -> int:
+        return len(self.rewards["sampled"]["reward"] if self.rewards else self.sampled["strict"])
 
-        def mean(verdicts: list[bool]) -> float:
-            return sum(verdicts) / len(verdicts)
+    def metrics(self) -> dict[str, float | int | None]:
+        """The evaluation row: accuracy and its standard error are at temperature 1 under the training extractor, and so is
+        the reward."""
+        found: dict[str, float | int | None] = {}
+        if self.sampled:
+            found |= {
+                "eval/accuracy": _share(self.sampled[self.extractor]),
+                "eval/accuracy_strict": _share(self.sampled["strict"]),
+                "eval/accuracy_flexible": _share(self.sampled["flexible"]),
+                "eval/accuracy_greedy": _share(self.greedy[self.extractor]),
+                "eval/stderr": standard_error(self.sampled[self.extractor]),
+            }
+        if self.rewards:
+            found |= reward_metrics(self.rewards["sampled"], self.rewards["greedy"])
+        return found | {"eval/n": self.n}
 
-        return {
-            "eval/accuracy": mean(self.sampled[self.extractor]),
-            "eval/accuracy_strict": mean(self.sampled["strict"]),
-            "eval/accuracy_flexible": mean(self.sampled["flexible"]),
-            "eval/accuracy_greedy": mean(self.greedy[self.extractor]),
-            "eval/stderr": standard_error(self.sampled[self.extractor]),
-            "eval/n": len(self.sampled["strict"]),
-        }
+
+def _share(verdicts: Sequence[bool]) -> float:
+    return sum(verdicts) / len(verdicts)
 
 
-def summary(before: Scores, after: Scores, answer_format: str, temperature: float = 1.0) -> str:
+def reward_metrics(
+    sampled: dict[str, list[float | None]], greedy: dict[str, list[float | None]]
+) -> dict[str, float | int | None]:
+    """eval/reward and its standard error, of the greedy answers, and of each function; None where nothing was scored."""
+    found = {"eval/reward": mean_of(sampled.get("reward", [])), "eval/reward_greedy": mean_of(greedy["reward"])}
+    scored = [x for x in sampled.get("reward", []) if x is not None]
+    found["eval/reward_stderr"] = (_variance(scored) / len(scored)) ** 0.5 if scored else None
+    parts = {name: mean_of(values) for name, values in (sampled or greedy).items() if name != "reward"}
+    return {**found, **{f"eval/rewards/{name}/mean": mean for name, mean in parts.items()}}
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Of those that are scored."""
+    scored = [x for x in values if x is not None]
+    return sum(scored) / len(scored) if scored else None
+
+
+def reward_gain(before: Sequence[float | None], after: Sequence[float | None]) -> tuple[float, float, float] | None:
+    """after minus before on the problems that both have a reward for: mean and 95 % interval by bootstrap over problems."""
+    changes = [a - b for b, a in zip(before, after, strict=True) if a is not None and b is not None]
+    return (sum(changes) / len(changes), *bootstrap(changes)) if changes else None
+
+
+def summary(
+    before: Scores, after: Scores, answer_format: str, temperature: float = 1.0, names: tuple[str, str] = ("base", "trained")
+) -> str:
     """The before/after table, with the paired gain and its 95 % interval. `answer_format`: the grader's, "hash" or "boxed".
     `temperature`: that was trained at; these samples are of temperature 1, which is said where the run's is another."""
     rows, strict = [], {"hash": "#### n"}.get(answer_format, r"\boxed{n}")
     sampled = "sampled" if temperature == 1 else "sampled at 1.0"
+    for kind, label in (("sampled", sampled), ("greedy", "greedy")) if before.rewards else ():
+        for name, olds in before.rewards[kind].items():
+            news = after.rewards[kind][name]
+            cells = ["none" if x is None else f"{x:.3f}" for x in (mean_of(olds), mean_of(news))]
+            rows.append([f"{label}, {name}", *cells, shown_gain(reward_gain(olds, news))])
     for label, name, old, new in (
         (f"{sampled}, strict ({strict})", "strict", before.sampled, after.sampled),
         (f"{sampled}, flexible (last number)", "flexible", before.sampled, after.sampled),
         (f"greedy, {before.extractor}", before.extractor, before.greedy, after.greedy),
     ):
-        n = len(old[name])
-        gain, low, high = paired_difference(old[name], new[name])
-        rows.append([label, f"{sum(old[name]) / n:.1%}", f"{sum(new[name]) / n:.1%}", f"{gain:+.1%} [{low:+.1%}, {high:+.1%}]"])
-    n = len(before.sampled["strict"])
-    return table([f"{n} held-out problems", "base", "trained", "paired gain [95 %]"], rows)
+        if old:
+            gain, low, high = paired_difference(old[name], new[name])
+            cells = [f"{_share(old[name]):.1%}", f"{_share(new[name]):.1%}"]
+            rows.append([label, *cells, f"{gain:+.1%} [{low:+.1%}, {high:+.1%}]"])
+    return table([f"{before.n} held-out problems", *names, "paired gain [95 %]"], rows)
+
+
+def shown_gain(gain: tuple[float, float, float] | None) -> str:
+    """Of a reward."""
+    return "none" if gain is None else f"{gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]"
 
 
 # ---- of an evaluation: several answers a problem, and what they say -------------------------------------------------------
@@ -73,9 +119,18 @@ class Scored:
     """One policy's answers to the problems of one task."""
 
     greedy: list[list[Answer]]  # one answer a problem
-    sampled: list[list[Answer]]  # num_generations answers a problem
-    greedy_verdicts: list[list[Verdict]]
-    sampled_verdicts: list[list[Verdict]]
+    sampled: list[list[Answer]]  # num_generations answers a problem, which may be none
+    greedy_verdicts: list[list[Verdict]] = field(default_factory=list)  # none without a grader
+    sampled_verdicts: list[list[Verdict]] = field(default_factory=list)
+    # "greedy" and "sampled": by name of the reward, of each problem, of each of its answers; the sum's name is "reward"
+    rewards: dict[str, dict[str, list[list[float | None]]]] = field(default_factory=dict)
+
+    def verdicts(self, kind: str) -> list[list[Verdict]]:
+        return self.greedy_verdicts if kind == "greedy" else self.sampled_verdicts
+
+    def mean_rewards(self, kind: str) -> dict[str, list[float | None]]:
+        """Of each problem, over its answers."""
+        return {name: [mean_of(given) for given in values] for name, values in self.rewards.get(kind, {}).items()}
 
     def greedy_right(self, extractor: str) -> list[bool]:
         return [given[0].right[extractor] for given in self.greedy_verdicts]
@@ -89,23 +144,31 @@ class Scored:
         found = {}
         for decoding, answers in (("greedy", self.greedy), ("sampled", self.sampled)):
             flat = [a for given in answers for a in given]
+            if not flat:
+                continue
             cut_off = sum(not a["finished"] for a in flat) / len(flat)
             found[decoding] = {"tokens": sum(a["tokens"] for a in flat) / len(flat), "cut_off": cut_off}
         return found
 
-    def metrics(self, extractor: str) -> dict[str, float | int]:
+    def metrics(self, extractor: str) -> dict[str, float | int | None]:
         """The names that a training run's evaluation rows have."""
-        n, k = len(self.sampled), len(self.sampled[0])
-        mean = {e: sum(self.sampled_right(e)) / (n * k) for e in EXTRACTORS}
-        shares = [right / k for right in self.sampled_right(extractor)]
-        return {
-            "eval/accuracy": mean[extractor],
-            "eval/accuracy_strict": mean["strict"],
-            "eval/accuracy_flexible": mean["flexible"],
-            "eval/accuracy_greedy": sum(self.greedy_right(extractor)) / n,
-            "eval/stderr": standard_error([s == 1 for s in shares]) if k == 1 else _variance(shares) ** 0.5 / n**0.5,
-            "eval/n": n,
-        }
+        n, k = len(self.greedy), len(self.sampled[0])
+        found: dict[str, float | int | None] = {}
+        if self.sampled_verdicts and k:
+            mean = {e: sum(self.sampled_right(e)) / (n * k) for e in EXTRACTORS}
+            shares = [right / k for right in self.sampled_right(extractor)]
+            found |= {
+                "eval/accuracy": mean[extractor],
+                "eval/accuracy_strict": mean["strict"],
+                "eval/accuracy_flexible": mean["flexible"],
+                "eval/accuracy_greedy": sum(self.greedy_right(extractor)) / n,
+                "eval/stderr": standard_error([s == 1 for s in shares]) if k == 1 else _variance(shares) ** 0.5 / n**0.5,
+            }
+        elif self.greedy_verdicts:
+            found["eval/accuracy_greedy"] = sum(self.greedy_right(extractor)) / n
+        if self.rewards:
+            found |= reward_metrics(self.mean_rewards("sampled"), self.mean_rewards("greedy"))
+        return found | {"eval/n": n}
 
 
 def _variance(values: Sequence[float]) -> float:
@@ -139,11 +202,16 @@ def difference(before: Sequence[int], after: Sequence[int], k: int) -> dict[str,
 
 def compare(base: Scored, trained: Scored | None) -> dict[str, Any]:
     """Everything the table and results.json say of one task."""
-    n, k = len(base.sampled), len(base.sampled[0])
+    n, k = len(base.greedy), len(base.sampled[0])
     powers = sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
     rows: dict[str, Any] = {}
-    for extractor in EXTRACTORS:
+    for kind, name in (("greedy", "greedy"), ("sampled", f"avg@{k}")):
+        for reward, before in base.mean_rewards(kind).items():
+            rows[f"{name}, {reward}"] = _reward_row(before, trained.mean_rewards(kind)[reward] if trained else None)
+    for extractor in EXTRACTORS if base.greedy_verdicts else ():
         for name, size, read in (("greedy", 1, Scored.greedy_right), (f"avg@{k}", k, Scored.sampled_right)):
+            if size == 0:
+                continue
             old: list[int] = [int(v) for v in read(base, extractor)]
             row: dict[str, Any] = {"base": score(old, size)}
             if trained is not None:
@@ -160,6 +228,22 @@ def compare(base: Scored, trained: Scored | None) -> dict[str, Any]:
     return rows
 
 
+def _reward_row(before: list[float | None], after: list[float | None] | None) -> dict[str, Any]:
+    """A reward of base and trained, each with its 95 % interval by bootstrap over problems, and the paired gain."""
+
+    def of(values: list[float | None]) -> dict[str, float | None]:
+        scored = [x for x in values if x is not None]
+        low, high = bootstrap(scored) if scored else (None, None)
+        return {"reward": mean_of(values), "low": low, "high": high}
+
+    row: dict[str, Any] = {"base": of(before)}
+    if after is not None:
+        row["trained"] = of(after)
+        gain = reward_gain(before, after)
+        row["paired"] = None if gain is None else dict(zip(("gain", "low", "high"), gain, strict=True))
+    return row
+
+
 def comparison_table(task: str, n: int, rows: dict[str, Any]) -> str:
     """The table of one task."""
     lines = []
@@ -169,7 +253,9 @@ def comparison_table(task: str, n: int, rows: dict[str, Any]) -> str:
             pair = row.get("paired")
             p = "" if pair is None or "mcnemar_p" not in pair else f"{pair['mcnemar_p']:.2g}"
             gain = "" if pair is None else f"{pair['gain']:+.1%} [{pair['low']:+.1%}, {pair['high']:+.1%}]"
-            cells += [gain, p, "" if pair is None else f"{pair['smallest_visible']:.1%}"]
+            if pair is not None and "reward" in row["base"]:
+                gain = shown_gain((pair["gain"], pair["low"], pair["high"]))
+            cells += [gain, p, f"{pair['smallest_visible']:.1%}" if pair and "smallest_visible" in pair else ""]
         lines.append(cells)
     trained = ["trained [95 %]", "paired gain [95 %]", "McNemar p", "smallest visible"]
     return table([f"{task}, {n} problems", "base [95 %]", *(trained if len(lines[0]) > 2 else [])], lines)
@@ -179,10 +265,14 @@ def lengths_table(limit: int, temperature: float, lengths: dict[str, dict[str, d
     """The table of `Scored.lengths`, by policy."""
     rows = []
     for kind, label in (("greedy", "greedy"), ("sampled", f"sampled at {temperature:g}")):
+        if any(kind not in of for of in lengths.values()):
+            continue
         cells = [f"{of[kind]['tokens']:.0f} tokens, {of[kind]['cut_off']:.1%} cut off" for of in lengths.values()]
         rows.append([label, *cells])
     return table([f"at most {limit} tokens", *lengths], rows)
 
 
 def _interval(cell: dict[str, float]) -> str:
+    if "reward" in cell:
+        return "none" if cell["reward"] is None else f"{cell['reward']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
     return f"{cell['accuracy']:.1%}" + (f" [{cell['low']:.1%}, {cell['high']:.1%}]" if "low" in cell else "")

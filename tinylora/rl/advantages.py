@@ -18,7 +18,8 @@ class Advantages:
     live: Tensor  # (prompts * generations,) bool: False for every completion of a dead group
     zero_std: float  # share of dead groups
     all_right: float  # share of dead groups with a positive reward
-    all_wrong: float  # share of the others; zero_std = all_right + all_wrong
+    all_wrong: float  # share of the others that have a reward
+    unscored: float = 0.0  # share of groups without one; zero_std = all_right + all_wrong + unscored
 
 
 def compute_advantages(rewards: Tensor, generations: int, scale: str) -> Advantages:
@@ -33,9 +34,9 @@ def compute_advantages(rewards: Tensor, generations: int, scale: str) -> Advanta
     elif scale == "batch":
         values = values / (_nanstd(groups.flatten(), 0) + 1e-4)
     values = torch.where(dead[:, None], 0.0, values.nan_to_num(nan=0.0))
-    right = (dead & (high > 0)).double().mean().item()
+    right, none = (dead & (high > 0)).double().mean().item(), groups.isnan().all(1).double().mean().item()
     zero = dead.double().mean().item()
-    return Advantages(values.flatten(), ~dead.repeat_interleave(generations), zero, right, zero - right)
+    return Advantages(values.flatten(), ~dead.repeat_interleave(generations), zero, right, max(0.0, zero - right - none), none)
 
 
 def _nanstd(x: Tensor, dim: int) -> Tensor:

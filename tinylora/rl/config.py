@@ -1,8 +1,9 @@
 """Every setting of a training run. Names are TRL's and PEFT's where the same thing exists there."""
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,9 @@ BUILTIN_PRESET: dict[str, Any] = {
     "scale_rewards": "batch",
 }
 
+ACCURACY = "accuracy"  # exact match of the answer, as a reward
 CONTROLS = ("random", "format-only")  # rewards that know nothing of the answer: what a gain has to be measured against
+BUILT_IN_REWARDS = (ACCURACY, *CONTROLS)
 GONE = ("show_prompt", "dry_run", "resume")  # settings in the config.json of older versions: now flags of the command alone
 
 # Where nothing is said: full at a tenth of LoRA's rate (Schulman et al. 2025); on the built-in base larger ones.
@@ -49,10 +52,17 @@ OWN = (
 )  # fmt: skip
 
 
-def preset(model: str = "builtin", method: str = "tinylora", algorithm: str = "grpo") -> dict[str, Any]:
-    """These three, and the defaults of a run with them where they are not TrainConfig's own."""
+def preset(
+    model: str = "builtin", method: str = "tinylora", algorithm: str = "grpo", dataset: str | None = None
+) -> dict[str, Any]:
+    """These, and the defaults of a run with them where they are not TrainConfig's own. How answers are read is the task's: of
+    any other than the built-in one as real models' are."""
     builtin = model in BUILTIN_MODELS
     settings = {**(BUILTIN_PRESET if builtin else {}), "model": model, "method": method, "algorithm": algorithm}
+    if dataset is not None:
+        settings["dataset"] = dataset
+        if dataset != "builtin":
+            settings.pop("extractor", None)
     rates = BUILTIN_LEARNING_RATES if builtin else LEARNING_RATES
     if method in rates:
         settings["learning_rate"] = rates[method]
@@ -76,9 +86,12 @@ class TrainConfig:
     """Local rows for the task: a JSONL or parquet file, a folder with train and test of either, or a save_to_disk folder."""
     prompt_style: PromptStyle = "auto"
     """How a question is asked: qwen-boxed, gsm8k-hash or plain. auto: plain for builtin, qwen-boxed for the others."""
-    reward: str | None = None
-    """Your own reward function, "package.module:function", with TRL's signature. Default: exact match of the answer.
-    Controls: "random" is a fair coin, "format-only" pays for any answer in the format asked for."""
+    reward: tuple[str, ...] = ()
+    """Your own reward functions with TRL's signature, "FILE.py:function" or "package.module:function"; "accuracy" is exact
+    match of the answer, and the default. Controls: "random" is a fair coin, "format-only" pays for any answer in the format
+    asked for."""
+    reward_weights: tuple[float, ...] = ()
+    """Weight of each reward in their sum; default: 1 each."""
     extractor: Literal["strict", "flexible"] = "flexible"
     """How an answer is read for the reward: strict in the format asked for; flexible the last \\boxed, else the last number."""
 
@@ -169,6 +182,10 @@ class TrainConfig:
     """Checkpoint every so many steps. A checkpoint is a few hundred bytes."""
     logging_steps: int = 1
     """Update the progress line every so many steps; metrics.jsonl gets every step."""
+    log_completions: int = 128
+    """The first so many completions of each step are written to completions/step-NNNNNN.jsonl; 0: none."""
+    sample_steps: int = 10
+    """Print one completion, of the first prompt, every so many steps; 0: never."""
 
     seed: int = 0
     """Of the prompts' order, of sampling, and of P unless --projection-seed is given."""
@@ -183,6 +200,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.adapter  # noqa: B018  checks r, u, tying and dtype
+        if self.reward is None or isinstance(self.reward, str):  # one reward, as older runs name it
+            object.__setattr__(self, "reward", () if self.reward is None else (self.reward,))
+        if len(set(self.reward)) < len(self.reward):
+            raise InputError(f"--reward {' '.join(self.reward)}: each can be given once; weigh it with --reward-weights")
+        if self.reward_weights and len(self.reward_weights) != max(1, len(self.reward)):
+            raise InputError(f"--reward-weights: {len(self.reward_weights)} weights for {max(1, len(self.reward))} rewards")
+        if not all(math.isfinite(w) for w in self.reward_weights):
+            raise InputError("--reward-weights: they must be finite")
         for name in (
             "prompts_per_step",
             "num_iterations",
@@ -203,6 +228,8 @@ class TrainConfig:
             "eval_size",
             "eval_steps",
             "dead_steps",
+            "log_completions",
+            "sample_steps",
             "importance_sampling_cap",
         ):
             if (getattr(self, name) or 0) < 0:
@@ -229,8 +256,8 @@ class TrainConfig:
         if self.max_steps < 1 and self.num_train_epochs <= 0:
             raise InputError(f"--num-train-epochs {self.num_train_epochs}: it must be positive, or give --max-steps")
         if self.dataset == "builtin" and self.data is not None:
-            raise InputError("--data needs a task that reads rows: add --dataset gsm8k")
-        if self.reward == "format-only" and self.dataset not in ("builtin", *KNOWN):
+            raise InputError("--data needs a task that reads rows: add --dataset gsm8k, or any name for rows of your own")
+        if "format-only" in self.reward and self.dataset not in ("builtin", *KNOWN):
             raise InputError(f"--reward format-only: {self.dataset} asks for no format of answers")
 
     def new_directory(self, model: Path) -> str:
@@ -239,8 +266,13 @@ class TrainConfig:
 
     @property
     def own_reward(self) -> bool:
-        """Whether the reward is a function of the user's."""
-        return self.reward not in (None, *CONTROLS)
+        """Whether a function of the user's is among the rewards: their sum is then what is evaluated."""
+        return any(spec not in BUILT_IN_REWARDS for spec in self.reward)
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether a row without a gold answer is of no use."""
+        return not self.own_reward
 
     @property
     def adapter(self) -> TinyLoRAConfig:
@@ -257,6 +289,14 @@ class TrainConfig:
             param_dtype=self.param_dtype,
             basis=self.basis,
         )
+
+
+def stored_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a config.json as this version holds them: one that it lacks is what an older version did."""
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k not in GONE}
+    if unknown := values.keys() - {f.name for f in fields(TrainConfig)}:
+        raise InputError(f"config.json has settings of another version of tinylora: {', '.join(sorted(unknown))}")
+    return asdict(TrainConfig(**values))
 
 
 def require_alike(configs: Sequence[TrainConfig]) -> None:

@@ -13,14 +13,17 @@ def explain_dead(s: Share) -> str:
     c, count = s.run.config, s.count
     rewards = s.rewards.tolist()
     kind = f"all {count} rewards are {rewards[0]:g}" if len(set(rewards)) == 1 else "in each group all rewards are equal"
+    if s.rewards.isnan().all():
+        kind = f"no completion got a reward: for all {count} of them {', '.join(s.run.rewards.names)} returned None or NaN"
     lines = [f"step {s.run.step + 1} has nothing to learn from: {kind}."]
     if cut := sum(not x.finished for x in s.completions):
         lines.append(
             f"{cut} of {count} completions were cut off at {c.max_completion_length} tokens: raise --max-completion-length"
         )
-    if c.reward is None:
-        lines += _readings([s.verdicts[i].result() for i in range(count)], c.extractor, cut > count / 2)
-    lines.append(f"a sample, to a problem whose answer is {s.rows[0].get('answer', 'not known')}:")
+    if not c.reward:
+        lines += _readings([future.result() for future in s.verdicts.values()], c.extractor, cut > count / 2)
+    answer = s.rows[0].get("answer")
+    lines.append("a sample" + ("" if answer is None else f", to a problem whose answer is {answer}") + ":")
     text = s.answers[0]
     shown = text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} [...] {text[-SHOWN:]}"
     return "\n  ".join([*lines, *(f"| {line}" for line in shown.splitlines() or ["(nothing)"])])

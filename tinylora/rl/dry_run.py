@@ -72,7 +72,7 @@ def plan(c: TrainConfig, model: ModelConfig, text: Text | None, row: Row | None)
             f"learning rate    {rate} {c.lr_scheduler_type}, {c.warmup_steps} warm-up steps, beta {c.beta:g}, "
             f"{'no clipping of gradients' if not c.max_grad_norm else f'gradients clipped at {c.max_grad_norm:g}'}",
             f"length           {f'{c.max_steps} steps' if c.max_steps > 0 else f'{c.num_train_epochs:g} epochs'}",
-            f"task             {c.dataset}, reward {c.reward or f'exact match, {c.extractor}'}; the prompt:",
+            f"task             {c.dataset}, reward {', '.join(c.reward) or f'exact match, {c.extractor}'}; the prompt:",
             shown,
         ]
     )
@@ -116,5 +116,5 @@ def first_prompt(c: TrainConfig) -> str:
 
 def first_row(c: TrainConfig) -> Row | None:
     """The task's first training row; None where it has none."""
-    task = load_task(c.dataset, c.data, c.prompt_style, ("train",), needs_answers=not c.own_reward)
+    task = load_task(c.dataset, c.data, c.prompt_style, ("train",), needs_answers=c.needs_answers)
     return task.train[0] if task.train else None

@@ -6,7 +6,7 @@ from tinylora.engine.text import Text, fitting_rows
 from tinylora.errors import InputError
 from tinylora.model.decoder import Decoder
 from tinylora.model.loader import load_model
-from tinylora.rl.config import TrainConfig
+from tinylora.rl.config import ACCURACY, TrainConfig
 from tinylora.rl.solutions import solution
 from tinylora.tasks.grader import Grader
 from tinylora.tasks.sets import Row, load_task
@@ -18,7 +18,7 @@ class Inputs:
 
     model: Decoder
     text: Text
-    grader: Grader | None  # None: the rows have no answers
+    grader: Grader | None  # None: no answers, or answers that are the own reward's alone to read
     train_rows: list[Row]
     test_rows: list[Row]
     validation_rows: list[Row]
@@ -29,7 +29,7 @@ def load_inputs(config: TrainConfig) -> Inputs:
     """The model and the task's rows; says which rows are not used."""
     model = load_model(config.model, config.device, config.dtype)
     text, most = Text(model.path), config.max_completion_length
-    task = load_task(config.dataset, config.data, config.prompt_style, needs_answers=not config.own_reward)
+    task = load_task(config.dataset, config.data, config.prompt_style, needs_answers=config.needs_answers)
     for note in task.notes:
         print(note)
     if not task.train:
@@ -44,10 +44,12 @@ def load_inputs(config: TrainConfig) -> Inputs:
             print(f"{dropped} {kind} prompts leave no room for {most} tokens and are not used")
         return found
 
-    grader = task.grader() if task.has_answers else None
+    # An own reward of own rows is not judged beside exact match, which would read their answers in its own way.
+    graded = task.known or not config.own_reward or ACCURACY in config.reward
+    grader = task.grader() if graded and task.has_answers else None
     train = fitting(task.train, "training")
-    test = fitting(task.test[: config.eval_size], "test") if task.has_answers else []
-    held_out = min(config.validation_size, len(train) // 10) if config.eval_steps and task.has_answers else 0
+    test = fitting(task.test[: config.eval_size], "test")
+    held_out = min(config.validation_size, len(train) // 10) if config.eval_steps else 0
     validation, train = train[:held_out], train[held_out:]
     if config.algorithm == "sft" and config.sft_data != "own":
         solved = [row for row in train if len(solution(row, text, config.sft_data).tokens) <= most]

@@ -21,7 +21,7 @@ from tinylora.rl.consistency import fix_capacity
 from tinylora.rl.inputs import Inputs
 from tinylora.rl.memory import plan_memory
 from tinylora.rl.policy import Policy, adapter_of, baseline_of, new_policy
-from tinylora.rl.rewards import load_reward
+from tinylora.rl.rewards import Rewards
 from tinylora.rl.run_directory import V_IN_METRICS, Metrics, RunDirectory, is_step
 
 ORDER_STREAM = 0x0D3  # names the stream of the prompts' order
@@ -47,8 +47,8 @@ class Run:
         self.config, self.inputs = config, inputs
         self.model, self.text, self.grader = inputs.model, inputs.text, inputs.grader
         self.train_rows = inputs.train_rows
-        self.reward = load_reward(config.reward or "") if config.own_reward else None
-        self.reward_name = getattr(self.reward, "__name__", "reward") if self.reward else (config.reward or "accuracy")
+        self.rewards = Rewards(config.reward, config.reward_weights, config.extractor, config.seed)
+        self.rewards.take_columns([*inputs.train_rows, *inputs.validation_rows, *inputs.test_rows])
         if len(self.train_rows) < config.prompts_per_step:
             raise InputError(
                 f"--prompts-per-step {config.prompts_per_step}: the task has only {len(self.train_rows)} usable prompts"

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from tinylora.errors import InputError
 from tinylora.files import PARTIAL, write_safetensors, write_text
+from tinylora.rl.config import stored_settings
 
 # The only metrics that two runs of the same settings may differ in.
-CLOCK_METRICS = ("step_time", "rollout_time", "reward_time", "update_time", "tokens_per_second", "rollout_tokens_per_second")
+CLOCK_METRICS = (
+    "step_time", "rollout_time", "reward_time", "update_time", "tokens_per_second", "rollout_tokens_per_second", "eval_time",
+)  # fmt: skip
 # Settings that may change when a run goes on; none of them touches the result.
-FREE_SETTINGS = ("output_dir", "save_steps", "logging_steps")
+FREE_SETTINGS = ("output_dir", "save_steps", "logging_steps", "log_completions", "sample_steps")
 V_IN_METRICS = 1024  # trained numbers up to which each step's v is in its metrics row; above, in a file of its own
 
 Metrics = dict[str, Any]  # a line of metrics.jsonl, and whatever else is stored as JSON
@@ -31,8 +34,8 @@ def is_step(row: Metrics) -> bool:
 
 def changed_settings(old: Metrics, new: Metrics) -> list[tuple[str, Any, Any]]:
     """(name, stored value, wanted value) of the settings in which a run as stored differs from the one wanted."""
-    wanted = json.loads(json.dumps(new))  # as JSON keeps them
-    return [(k, old.get(k), v) for k, v in wanted.items() if k not in FREE_SETTINGS and v != old.get(k)]
+    held, wanted = (json.loads(json.dumps(x)) for x in (stored_settings(old), new))  # as JSON keeps them
+    return [(k, held.get(k), v) for k, v in wanted.items() if k not in FREE_SETTINGS and v != held.get(k)]
 
 
 class RunDirectory:

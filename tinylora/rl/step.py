@@ -8,16 +8,19 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from tinylora.engine.rollout import Completion, rollout
 from tinylora.model.decoder import Matrices
 from tinylora.rl.advantages import Advantages, compute_advantages
-from tinylora.rl.rewards import call_reward, random_rewards
+from tinylora.rl.completions import sample_line, write_completions
+from tinylora.rl.config import ACCURACY
+from tinylora.rl.rewards import Completed, Rewarded
 from tinylora.rl.run import Run
 from tinylora.tasks.grading import Verdict
 
@@ -33,7 +36,7 @@ class Share:
     completions: list[Completion] = field(default_factory=list)
     answers: dict[int, str] = field(default_factory=dict)  # by completion
     verdicts: dict[int, "Future[Verdict]"] = field(default_factory=dict)
-    rewards: Tensor = field(default_factory=lambda: torch.zeros(0))  # (completions,) float64, NaN where unscorable
+    scored: Rewarded = field(default_factory=lambda: Rewarded(torch.zeros(0, 0), torch.zeros(0)))
     extra: dict[str, float] = field(default_factory=dict)  # metrics of the rewards
 
     @property
@@ -43,10 +46,21 @@ class Share:
     def take(self, i: int, completion: Completion) -> None:
         """Read completion i, and send it to be graded: not to processes that the user's own reward does not ask."""
         self.answers[i] = self.run.text.decode(completion.tokens)
-        grader = self.run.grader
-        if grader is not None and (self.run.reward is None or grader.pool is None):
-            row = self.rows[i // self.run.config.num_generations]
+        grader, c = self.run.grader, self.run.config
+        row = self.rows[i // c.num_generations]
+        asked = grader is not None and (not c.own_reward or ACCURACY in c.reward or grader.pool is None)
+        if asked and grader is not None and grader.golds(row):
             self.verdicts[i] = grader.submit(self.answers[i], row)
+
+    @property
+    def rewards(self) -> Tensor:
+        """(completions,) float64, NaN where no function scored one."""
+        return self.scored.rewards
+
+    @cached_property
+    def rendered(self) -> list[str]:
+        """The prompt of every completion, as the model got it."""
+        return [text for row in self.rows for text in [self.run.text.render(row["prompt"])] * self.run.config.num_generations]
 
     @property
     def advantages(self) -> Advantages:
@@ -127,7 +141,7 @@ def roll_out(shares: Sequence[Share], matrices: Matrices | None, clock: Clock, o
         for i, completion in enumerate(s.completions):
             if i not in s.answers:
                 s.take(i, completion)
-        s.rewards = _rewards(s)
+        _reward(s)
     clock.mark()
 
 
@@ -148,6 +162,8 @@ def finish(s: Share, clock: Clock, metrics: dict[str, Any], trained_tokens: int 
     prompts = sum(map(len, s.prompts)) * s.run.config.num_generations
     tokens = sampled + prompts if s.completions else trained_tokens
     head, adapter = s.run.advance(tokens)
+    if s.completions:
+        _show(s)
     return {**head, **metrics, **adapter, **clock.metrics(tokens, sampled)}
 
 
@@ -156,13 +172,18 @@ def dead_groups(a: Advantages) -> dict[str, Any]:
         "frac_reward_zero_std": a.zero_std,
         "frac_reward_zero_std/all_right": a.all_right,
         "frac_reward_zero_std/all_wrong": a.all_wrong,
+        **({"frac_reward_zero_std/unscored": a.unscored} if a.unscored else {}),
     }
 
 
 def reward_metrics(s: Share) -> dict[str, Any]:
-    mean, std = _number(s.rewards.nanmean()), _number(s.rewards[~s.rewards.isnan()].std())
-    name = s.run.reward_name
-    return {"reward": mean, "reward_std": std, f"rewards/{name}/mean": mean, f"rewards/{name}/std": std}
+    columns = zip(s.run.rewards.names, s.scored.table.T, strict=True)
+    found = {"reward": s.rewards, **{f"rewards/{name}/": column for name, column in columns}}
+    metrics: dict[str, Any] = {}
+    for name, x in found.items():
+        mean, std = ("mean", "std") if name.endswith("/") else ("", "_std")
+        metrics |= {f"{name}{mean}": _number(x.nanmean()), f"{name}{std}": _number(x[~x.isnan()].std())}
+    return metrics
 
 
 def length_metrics(s: Share) -> dict[str, Any]:
@@ -186,43 +207,31 @@ def _number(x: Tensor) -> float | None:
 # ---- rewards ------------------------------------------------------------------------------------------------------------
 
 
-def _rewards(s: Share) -> Tensor:
-    """(completions,) float64, NaN where the function said None; what it and the exact match log goes into `extra`."""
+def _reward(s: Share) -> None:
+    """Ask the run's rewards of the step's completions; what they and the exact match log goes into `extra`."""
     c, extra = s.run.config, s.extra
-    verdicts = [s.verdicts[i].result() for i in range(s.count)] if s.verdicts else []
-    if verdicts:
-        extra["accuracy"] = sum(v.right[c.extractor] for v in verdicts) / len(verdicts)
-    if verdicts and c.dataset != "builtin":  # whose completions have one format only
-        extra.update({f"accuracy/{e}": sum(v.right[e] for v in verdicts) / len(verdicts) for e in ("strict", "flexible")})
-        extra.update({f"grader/{why}": sum(v.failure == why for v in verdicts) for why in ("timeout", "crash")})
-    if c.reward is None:
-        rewards = [float(v.right[c.extractor]) for v in verdicts]
-    elif c.reward == "random":
-        rewards = random_rewards(s.count, c.seed, s.run.step)
-    elif c.reward == "format-only":
-        rewards = [float(v.answers["strict"] is not None) for v in verdicts]
-    else:
-        rewards = _own_rewards(s)
-    return torch.tensor(rewards, dtype=torch.float64)
+    verdicts = {i: future.result() for i, future in s.verdicts.items()}
+    judged = list(verdicts.values())
+    if judged:
+        extra["accuracy"] = sum(v.right[c.extractor] for v in judged) / len(judged)
+    if judged and c.dataset != "builtin":  # whose completions have one format only
+        extra.update({f"accuracy/{e}": sum(v.right[e] for v in judged) / len(judged) for e in ("strict", "flexible")})
+        extra.update({f"grader/{why}": sum(v.failure == why for v in judged) for why in ("timeout", "crash")})
+    rows = [row for row in s.rows for _ in range(c.num_generations)]
+    texts, ids = [s.answers[i] for i in range(s.count)], [x.tokens for x in s.completions]
+    rendered = s.rendered if c.own_reward else []
+    s.scored = s.run.rewards(Completed(rows, rendered, texts, ids, verdicts, s.run.step, s.run.max_steps))
+    extra.update(s.scored.metrics)
 
 
-def _own_rewards(s: Share) -> list[float]:
-    """What the user's function says."""
-    t = s.run
-    assert t.reward is not None
-    repeated = [row for row in s.rows for _ in range(t.config.num_generations)]
-    logged: dict[str, list[float]] = {}
-    columns: dict[str, Any] = {key: [row.get(key) for row in repeated] for key in s.rows[0] if key != "prompt"}
-    rewards = call_reward(
-        t.reward,
-        s.count,
-        prompts=[row["prompt"] for row in repeated],
-        completions=[[{"role": "assistant", "content": s.answers[i]}] for i in range(s.count)],
-        completion_ids=[c.tokens for c in s.completions],
-        trainer_state=SimpleNamespace(global_step=t.step, max_steps=t.max_steps),
-        log_extra=lambda column, values: None,  # TRL's table of completions is not written here
-        log_metric=lambda name, value: logged.setdefault(name, []).append(float(value)),
-        **columns,
-    )
-    s.extra.update({name: sum(values) / len(values) for name, values in logged.items()})
-    return rewards
+def _show(s: Share) -> None:
+    """Write the step's completions, and print one of them every so many steps."""
+    c, step = s.run.config, s.run.step
+    if c.log_completions:
+        texts = [s.answers[i] for i in range(s.count)]
+        columns = {"prompt": s.rendered, "completion": texts, **s.scored.columns}
+        columns |= {name: column.tolist() for name, column in zip(s.run.rewards.names, s.scored.table.T, strict=True)}
+        columns |= {"reward": s.rewards.tolist(), "advantage": s.advantages.values.tolist()}
+        write_completions(s.run.run_directory.path, step, columns, c.log_completions)
+    if c.sample_steps and step % c.sample_steps == 0:
+        tqdm.write(sample_line(step, s.rows[0]["prompt"][-1]["content"], s.answers[0], s.rewards[0].item()))

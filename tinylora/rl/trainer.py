@@ -1,7 +1,9 @@
 """The loop: steps of one run, or of several that share the base, each followed by its checkpoint and metrics row."""
 
 import dataclasses
+import math
 import signal
+import time
 from collections.abc import Container, Sequence
 from pathlib import Path
 from types import FrameType
@@ -16,12 +18,13 @@ from tinylora.rl.config import TrainConfig, require_alike
 from tinylora.rl.es import es_step
 from tinylora.rl.grpo import grpo_step
 from tinylora.rl.inputs import load_inputs
-from tinylora.rl.progress import progress_line
+from tinylora.rl.progress import Alarms, progress_line
 from tinylora.rl.run import Run
+from tinylora.rl.run_directory import is_step
 from tinylora.rl.sft import sft_step
+from tinylora.tasks.grading import Verdict
 
 STEPS = {"grpo": grpo_step, "sft": sft_step, "es": es_step}
-VALIDATION = "validation/accuracy"
 
 
 class Trainer(Run):
@@ -30,6 +33,7 @@ class Trainer(Run):
     def __init__(self, config: TrainConfig, like: Run | None = None, resume: bool = False) -> None:
         """`like`: a run on the same base and task, which are not loaded again. `resume`: the run in output_dir goes on."""
         super().__init__(config, load_inputs(config) if like is None else like.inputs, resume)
+        self.alarms = Alarms(row for row in self.run_directory.rows if is_step(row))
 
     # ---- the loop -------------------------------------------------------------------------------------------------------
 
@@ -63,44 +67,69 @@ class Trainer(Run):
 
     def before_and_after(self) -> str:
         """The table of the base and of the adapter as it is now."""
-        assert self.grader is not None
-        return summary(self.evaluate(0), self.evaluate(self.step), self.grader.answer_format, self.config.temperature)
+        answer_format = self.grader.answer_format if self.grader else ""
+        return summary(self.evaluate(0), self.evaluate(self.step), answer_format, self.config.temperature)
 
     def _scores(self, rows: list[dict[str, Any]], step: int) -> Scores:
         c = self.config
-        assert self.grader is not None
         with torch.no_grad():
             matrices = self.policy.matrices() if step else None  # step 0 is the base model
         # On a GPU in the room that training has, where its graphs are; on a CPU in as much as pays.
         cache = self.plan.cache if self.model.device.type == "cuda" else None
         length = c.max_completion_length
-        return evaluate(self.model, matrices, self.text, rows, self.grader, c.extractor, length, c.seed, cache)
+        reward = self._reward if c.own_reward else None
+        return evaluate(self.model, matrices, self.text, rows, self.grader, c.extractor, length, c.seed, cache, reward)
+
+    def _reward(
+        self,
+        rows: Sequence[dict[str, Any]],
+        texts: Sequence[str],
+        ids: Sequence[list[int]],
+        verdicts: Sequence[Verdict | None],
+    ) -> dict[str, list[float | None]]:
+        """The own reward of answers to held-out rows."""
+        rendered = [self.text.render(row["prompt"]) for row in rows]
+        return self.rewards.evaluated(rows, rendered, texts, ids, verdicts, self.step)
 
     def _evaluate_if_due(self) -> None:
         step, last = self.step, self.step in (0, self.max_steps) or self.dead
         if self.inputs.validation_rows and (last or step % self.config.eval_steps == 0):
             self._validate()
         if self.inputs.test_rows and last and not self.run_directory.has_evaluation_row(step):
-            self.run_directory.append({"step": step, **self.evaluate(step).metrics()})
+            began = time.perf_counter()
+            metrics = self.evaluate(step).metrics()
+            self.run_directory.append({"step": step, **metrics, "eval_time": time.perf_counter() - began})
 
     def _validate(self) -> None:
         """Score the held-out training rows; an adapter that beats the base and all before it is kept in best/."""
-        before = {r["step"]: r[VALIDATION] for r in self.run_directory.rows if VALIDATION in r}
+        before = self._validations()
         if self.step in before:
             return
+        began = time.perf_counter()
         metrics = self._scores(self.inputs.validation_rows, self.step).metrics()
         row = {"step": self.step, **{name.replace("eval/", "validation/"): value for name, value in metrics.items()}}
-        if before and row[VALIDATION] > max(before.values()):
+        row["eval_time"] = time.perf_counter() - began
+        score = row[self._validation]
+        if before and score is not None and score > max((x for x in before.values() if x is not None), default=-math.inf):
             self.policy.save(self.run_directory.path / "best")
             self.run_directory.save_best(row)
         self.run_directory.append(row)
 
     def best_step(self) -> int | None:
         """The step whose adapter is in best/; None where none beat the base, or none was looked for."""
-        scores = {r["step"]: r[VALIDATION] for r in self.run_directory.rows if VALIDATION in r}
+        scores = {step: score for step, score in self._validations().items() if score is not None}
         best = max(scores.values(), default=0.0)
         step = next((step for step, score in scores.items() if score == best), 0)
         return step or None
+
+    @property
+    def _validation(self) -> str:
+        """The metric by which the best adapter is chosen."""
+        return "validation/reward" if self.config.own_reward else "validation/accuracy"
+
+    def _validations(self) -> dict[int, float | None]:
+        """By step."""
+        return {r["step"]: r[self._validation] for r in self.run_directory.rows if self._validation in r}
 
 
 # ---- several runs at once: adapters of one base whose rollouts go through the engine together -----------------------------
@@ -129,6 +158,8 @@ def train_together(trainers: Sequence[Trainer]) -> None:
         while running := [t for t in trainers if t.running]:
             for t, row in zip(running, STEPS[first.config.algorithm](running), strict=True):
                 t.record(row)
+                for said in t.alarms(row):
+                    tqdm.write(said)
             if running[0].step % first.config.logging_steps == 0:
                 progress.set_postfix_str(progress_line(running[0].last_step))
             progress.update()

@@ -91,7 +91,7 @@ def combinations(axes: dict[str, list[Any]]) -> list[dict[str, Any]]:
 
 def config(settings: dict[str, Any], seed: int, where: Path, output_dir: str | None = None) -> TrainConfig:
     """A run's settings. InputError that names the study where they are refused."""
-    usual = preset(**{name: settings[name] for name in ("model", "method", "algorithm") if name in settings})
+    usual = preset(**{name: settings[name] for name in ("model", "method", "algorithm", "dataset") if name in settings})
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     try:
         return TrainConfig(**usual | values | {"seed": seed, "projection_seed": seed, "output_dir": output_dir})

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +39,7 @@ class GraderPool:
         self.threads: list[threading.Thread] = []
         self.processes: dict[int, _Process] = {}  # by thread number
 
-    def submit(self, text: str, gold: str, answer_format: str, tolerance: float = 0.0) -> "Future[Verdict]":
+    def submit(self, text: str, gold: str | Sequence[str], answer_format: str, tolerance: float = 0.0) -> "Future[Verdict]":
         """The verdict to come. It never raises, except InputError where no process can be started at all."""
         future: Future[Verdict] = Future()
         text = text[-LONGEST_TEXT:]
@@ -149,24 +149,33 @@ class _Process:
                 pipe.close()
 
 
+def gold_answers(row: dict[str, Any]) -> list[str]:
+    """Of a row of a known set: the one that was read when the set was."""
+    return [row["answer"]]
+
+
 class Grader:
     """Verdicts on completions: in worker processes, or here for rows whose answers are plain numbers after "####"."""
 
-    def __init__(self, answer_format: str, pool: GraderPool | None) -> None:
-        self.answer_format, self.pool = answer_format, pool
+    def __init__(
+        self, answer_format: str, pool: GraderPool | None, golds: Callable[[dict[str, Any]], list[str]] = gold_answers
+    ) -> None:
+        """`golds`: the gold answers of a row, any of which is right."""
+        self.answer_format, self.pool, self.golds = answer_format, pool, golds
 
     def submit(self, text: str, row: dict[str, Any]) -> "Future[Verdict]":
-        """The verdict to come on a completion of this row."""
-        tolerance = float(row.get("tolerance", 0.0))
+        """The verdict to come on a completion of this row, which has gold answers."""
+        gold, tolerance = self.golds(row), float(row.get("tolerance", 0.0))
         if self.pool is not None:
-            return self.pool.submit(text, row["answer"], self.answer_format, tolerance)
+            return self.pool.submit(text, gold, self.answer_format, tolerance)
         future: Future[Verdict] = Future()
-        future.set_result(grade(text, row["answer"], self.answer_format, tolerance))
+        future.set_result(grade(text, gold, self.answer_format, tolerance))
         return future
 
-    def grade(self, texts: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Verdict]:
-        futures = [self.submit(text, row) for text, row in zip(texts, rows, strict=True)]
-        return [future.result() for future in futures]
+    def grade(self, texts: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Verdict | None]:
+        """Of each; None where the row has no gold answer."""
+        futures = [self.submit(text, row) if self.golds(row) else None for text, row in zip(texts, rows, strict=True)]
+        return [None if future is None else future.result() for future in futures]
 
     def close(self) -> None:
         if self.pool is not None:

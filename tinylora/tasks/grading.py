@@ -1,7 +1,7 @@
 r"""Grading one completion: what it answers, read strictly and flexibly, and whether that equals the gold answer.
 
     strict    what the format asked for holds: the number after "#### ", or the content of the last \boxed
-    flexible  the content of the last \boxed, else the last number
+    flexible  the content of the last \boxed, else the last number; for a gold answer in words also the last line as it stands
 
 A gold number is compared exactly (`numerals`); tuples, intervals, lists and sets are, element by element (`elements`). Only
 expressions go to math-verify (`expressions`). An unevaluated candidate (9*2) never equals a gold number: it counts only where
@@ -11,6 +11,7 @@ This file and the four that it imports load neither torch nor the rest of the pa
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -34,8 +35,17 @@ class Verdict:
     failure: str | None = None  # "timeout" or "crash" where the grader gave up; both verdicts are False then
 
 
-def grade(text: str, gold: str, answer_format: str, tolerance: float = 0.0) -> Verdict:
-    """answer_format "hash" or "boxed" is what strict asks for; tolerance is absolute and holds for gold numbers."""
+def grade(text: str, gold: str | Sequence[str], answer_format: str, tolerance: float = 0.0) -> Verdict:
+    """answer_format "hash" or "boxed" is what strict asks for; tolerance is absolute and holds for gold numbers. Of several
+    gold answers any is right."""
+    if isinstance(gold, str):
+        return _grade(text, gold, answer_format, tolerance)
+    found = [_grade(text, g, answer_format, tolerance) for g in gold]
+    best = {e: next((v for v in found if v.right[e]), found[0]) for e in ("strict", "flexible")}
+    return Verdict({e: v.answers[e] for e, v in best.items()}, {e: v.right[e] for e, v in best.items()})
+
+
+def _grade(text: str, gold: str, answer_format: str, tolerance: float) -> Verdict:
     text = text[-LONGEST_TEXT:]
     boxed = extract_boxed(text)
     flexible = boxed if boxed is not None else extract_flexible(text)
@@ -46,7 +56,18 @@ def grade(text: str, gold: str, answer_format: str, tolerance: float = 0.0) -> V
         strict = boxed
         strict_right = same_answer(gold, strict, tolerance)
     flexible_right = strict_right if flexible == strict else same_answer(gold, flexible, tolerance)
+    if boxed is None and not flexible_right and (words := _last_words(text, gold)) is not None:
+        flexible, flexible_right = words, True
     return Verdict({"strict": strict, "flexible": flexible}, {"strict": strict_right, "flexible": flexible_right})
+
+
+def _last_words(text: str, gold: str) -> str | None:
+    """The text's last line, or what follows its last colon, where that is a gold answer in words."""
+    if numeral(gold := _clean(gold)) is not None or not gold or len(gold) > LONGEST_ANSWER:
+        return None
+    line = text.rstrip()[-2 * LONGEST_ANSWER :].rpartition("\n")[2]
+    said = (_clean(part.strip().strip("*")) for part in (line, line.rpartition(":")[2]))
+    return next((words for words in said if _key(words) == _key(gold)), None)
 
 
 # ---- comparison ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The known data sets: where the hub has each, and how its rows are read, in the hub's fields or a local file's."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,17 +36,35 @@ def _text(row: Raw, *columns: str) -> str:
 
 
 def gold_answer(row: Raw) -> str:
-    """An `answer` of any type, or the last box of the solution. 27.0 is 27: AMC's integers are stored as floats."""
-    value = row.get("answer")
+    """An `answer` of one number or text, or the last box of the solution."""
+    gold = _gold_text(row.get("answer"))
+    if gold is None:
+        solution = row.get("solution")
+        gold = extract_boxed(solution) if isinstance(solution, str) else None
+    if gold is None:
+        raise Unusable("no gold answer")
+    return gold
+
+
+def _gold_text(value: Any) -> str | None:
+    """A number or a text as a gold answer. 27.0 is 27: AMC's integers are stored as floats."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, int | float | str) and str(value).strip():
-        return str(value).strip()
+    return str(value).strip() or None if isinstance(value, int | float | str) else None
+
+
+def own_golds(row: Raw) -> list[str]:
+    r"""The gold answers of a row of one's own, any of which is right: its `answer`, a text, a number, or a list of them, and of
+    a text what follows "#### " or is in its last \boxed; else the last box of its solution. Empty where there is none."""
+    value = row.get("answer")
+    texts = [_gold_text(v) for v in (value if isinstance(value, list | tuple) else [value])]
+    golds = [extract_strict(text) or extract_boxed(text) or text for text in texts if text is not None]
     solution = row.get("solution")
-    boxed = extract_boxed(solution) if isinstance(solution, str) else None
-    if boxed is None:
-        raise Unusable("no gold answer")
-    return boxed
+    if not golds and isinstance(solution, str):
+        golds = [box for box in [extract_boxed(solution)] if box is not None]
+    return golds
 
 
 def gsm8k(row: Raw) -> tuple[str, str]:

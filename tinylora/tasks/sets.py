@@ -11,8 +11,8 @@ from typing import Any
 
 from tinylora.errors import InputError
 from tinylora.tasks import builtin as problems
-from tinylora.tasks.grader import Grader, GraderPool
-from tinylora.tasks.known import BOTH, KNOWN, Known, Raw, Unusable, gold_answer, gsm8k
+from tinylora.tasks.grader import Grader, GraderPool, gold_answers
+from tinylora.tasks.known import BOTH, KNOWN, Known, Raw, Unusable, gsm8k, own_golds
 from tinylora.tasks.prompts import FORMATS, messages
 from tinylora.tasks.sources import hub, local
 
@@ -31,12 +31,19 @@ class Task:
     notes: list[str] = field(default_factory=list)  # what was left out of the rows, and why
 
     @property
+    def known(self) -> bool:
+        """Whether its answers are the engine's to read, whatever pays for them."""
+        return self.name == "builtin" or self.name in KNOWN
+
+    @property
     def has_answers(self) -> bool:
-        return all("answer" in row for row in (self.train or self.test)[:1])
+        golds = gold_answers if self.known else own_golds
+        return any(golds(row) for row in (*self.train, *self.test))
 
     def grader(self) -> Grader:
         """Of this task's answers; close it. The built-in task's are plain numbers, and need no process of their own."""
-        return Grader(self.answer_format, None if self.name == "builtin" else GraderPool())
+        pool = None if self.name == "builtin" else GraderPool()
+        return Grader(self.answer_format, pool, gold_answers if self.known else own_golds)
 
 
 def load_task(
@@ -48,7 +55,8 @@ def load_task(
 ) -> Task:
     """ "builtin", a known set, or any other: "owner/name[:subset]" on the hub, or any name with `data`.
 
-    needs_answers False keeps rows of other data sets that have no answer: they have a reward function of the user's.
+    needs_answers False keeps rows of other data sets that have no answer: they have a reward function of the user's. A style
+    that is named is put on their text prompts too, auto leaves these as they are; InputError where they are conversations.
     InputError for rows that cannot be read, and where none is usable.
     """
     if name == "builtin":
@@ -62,7 +70,8 @@ def load_task(
     raw = local(Path(data).expanduser(), name, splits) if data is not None else hub(name, entry, splits)
     task = Task(name, [], [])
     if entry is None:
-        task.train, task.test = (_other_rows(raw[s], f"{name} {s}", needs_answers, task.notes) for s in BOTH)
+        task.answer_format = FORMATS.get(style, task.answer_format)
+        task.train, task.test = (_other_rows(raw[s], style, f"{name} {s}", needs_answers, task.notes) for s in BOTH)
         return task
     style = entry.style if style == "auto" else style
     task.answer_format = FORMATS.get(style) or FORMATS[entry.style]
@@ -81,17 +90,21 @@ def _known_rows(raw: list[Raw], known: Known, style: str, source: str, notes: li
     return _usable(raw, use, source, notes)
 
 
-def _other_rows(raw: list[Raw], source: str, needs_answers: bool, notes: list[str]) -> list[Row]:
+def _other_rows(raw: list[Raw], style: str, source: str, needs_answers: bool, notes: list[str]) -> list[Row]:
     def use(row: Raw) -> Row:
         prompt = row.get("prompt")
         if isinstance(prompt, str) and prompt.strip():
-            prompt = [{"role": "user", "content": prompt}]
+            prompt = messages(prompt, style)
+        elif style not in ("auto", "plain") and isinstance(prompt, list) and prompt:
+            raise InputError(f"--prompt-style {style}: {source} has prompts that are conversations already; leave it out")
         good = (
             isinstance(prompt, list) and prompt and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
         )
         if not good:
             raise Unusable(f"no column 'prompt' with text or messages (it has {', '.join(sorted(row))})")
-        return {**row, "prompt": prompt, **({"answer": gold_answer(row)} if needs_answers else {})}
+        if needs_answers and not own_golds(row):
+            raise Unusable("no gold answer")
+        return {**row, "prompt": prompt}
 
     return _usable(raw, use, source, notes)
 
