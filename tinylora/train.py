@@ -132,11 +132,12 @@ def main(arguments: list[str]) -> int:
     if (finished or trainer.dead) and trainer.inputs.test_rows:
         print("\n" + trainer.before_and_after())
     if not finished and trainer.dead:
+        unscored = trainer.last_step.get("frac_reward_zero_std/unscored")
         good = trainer.step - trainer.steps_since_gradient()
         again = _evaluation(config, path, good)
         print(
             f"\nstopped after step {trainer.step}: nothing to learn from in the last {trainer.config.dead_steps} steps, as "
-            "every group's rewards were equal; "
+            + ("no completion got a reward; " if unscored == 1 else "every group's rewards were equal; ")
             + (f"the last good step is {good} ({again})" if good else "there is no good step")
         )
         return 1

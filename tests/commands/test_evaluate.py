@@ -289,5 +289,6 @@ def test_training_and_evaluating_agree(tmp_path: Path, cache: Path) -> None:
         train.main(["--output-dir", str(tmp_path / "run"), *short])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     last = json.loads(run("--adapter", str(tmp_path / "run"), "--eval-size", "40").splitlines()[-1])
-    assert {k: last[k] for k in rows[-1] if k.startswith("eval/")} == {k: v for k, v in rows[-1].items() if k.startswith("eval/")}
+    scores = {k: v for k, v in rows[-1].items() if k.startswith("eval/")}
+    assert {k: last[k] for k in scores} == scores
     assert last["base/eval/accuracy"] == rows[0]["eval/accuracy"]

@@ -270,6 +270,11 @@ class TrainConfig:
         return any(spec not in BUILT_IN_REWARDS for spec in self.reward)
 
     @property
+    def graded(self) -> bool:
+        """Whether exact match tells something: own answers beside an own reward are that one's to read."""
+        return self.dataset == "builtin" or self.dataset in KNOWN or not self.own_reward or ACCURACY in self.reward
+
+    @property
     def needs_answers(self) -> bool:
         """Whether a row without a gold answer is of no use."""
         return not self.own_reward

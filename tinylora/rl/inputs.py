@@ -6,7 +6,7 @@ from tinylora.engine.text import Text, fitting_rows
 from tinylora.errors import InputError
 from tinylora.model.decoder import Decoder
 from tinylora.model.loader import load_model
-from tinylora.rl.config import ACCURACY, TrainConfig
+from tinylora.rl.config import TrainConfig
 from tinylora.rl.solutions import solution
 from tinylora.tasks.grader import Grader
 from tinylora.tasks.sets import Row, load_task
@@ -44,9 +44,7 @@ def load_inputs(config: TrainConfig) -> Inputs:
             print(f"{dropped} {kind} prompts leave no room for {most} tokens and are not used")
         return found
 
-    # An own reward of own rows is not judged beside exact match, which would read their answers in its own way.
-    graded = task.known or not config.own_reward or ACCURACY in config.reward
-    grader = task.grader() if graded and task.has_answers else None
+    grader = task.grader() if config.graded and task.has_answers else None
     train = fitting(task.train, "training")
     test = fitting(task.test[: config.eval_size], "test")
     held_out = min(config.validation_size, len(train) // 10) if config.eval_steps else 0

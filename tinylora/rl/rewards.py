@@ -152,15 +152,23 @@ def load_reward(spec: str) -> RewardFunction:
     module, _, name = (f"{file}.py", "", inside) if file else spec.partition(":")
     try:
         function = getattr(_of_file(Path(module)) if file else importlib.import_module(module), name)
-    except (FileNotFoundError, ModuleNotFoundError, AttributeError, TypeError, ValueError) as error:  # TypeError: a leading dot
-        place = _place(error, {module}) if file else ""
-        raise InputError(f"--reward {spec}: {error}{place}; {SPELLING}") from None
     except Exception as error:  # the user's module is a program, and raises what it likes
+        if _misspelt(error, module):
+            raise InputError(f"--reward {spec}: {error}; {SPELLING}") from None
         said = f"{type(error).__name__}: {error}" if not isinstance(error, SyntaxError) else f"SyntaxError: {error.msg}"
         raise InputError(f"--reward {spec}: importing it raised {said}{_place(error, {module})}") from error
     if not callable(function):
         raise InputError(f"--reward {spec}: {name} is not a function")
     return function
+
+
+def _misspelt(error: Exception, module: str) -> bool:
+    """Whether it is the name that is wrong, and not what is behind it."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{module}.".startswith(f"{error.name}.")
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = any(f.filename != __file__ and "importlib" not in f.filename for f in frames)
+    return not inside and isinstance(error, FileNotFoundError | AttributeError | TypeError | ValueError)
 
 
 def _of_file(path: Path) -> ModuleType:

@@ -24,6 +24,16 @@ def counts(values: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
+def shown(x: float, measure: str) -> str:
+    """A mean of a study's measure: an accuracy in percent, a reward as it is."""
+    return f"{x:.3f}" if measure == "reward" else f"{x:.1%}"
+
+
+def measure_of(results: Sequence[dict[str, Any]]) -> str:
+    """Of a study's results; those of older versions are accuracies."""
+    return str(results[0].get("measure", "accuracy"))
+
+
 def is_number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
 

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from tinylora.evaluation.statistics import wilson
+from tinylora.evaluation.statistics import Z95, wilson
 from tinylora.rl.run_directory import is_step
 from tinylora.studies.canvas import COLOURS, STYLE, Picture, canvas, picture, style
 
@@ -61,7 +61,13 @@ def _held_out(axes: Any, rows: Sequence[dict[str, Any]]) -> str:
     """Accuracies on rows that are not trained on, with their intervals; returns what the caption says of them."""
     said = ""
     for i, (kind, label) in enumerate((("eval", "held-out problems"), ("validation", "held-out training rows")), 2):
-        for k, row in enumerate(row for row in rows if row.get(f"{kind}/n")):
+        for k, row in enumerate(row for row in rows if row.get(f"{kind}/reward") is not None):
+            n, p, error = row[f"{kind}/n"], row[f"{kind}/reward"], Z95 * (row[f"{kind}/reward_stderr"] or 0.0)
+            mark = {**style(i), "linestyle": "none", "label": None if k else f"{label}, reward, n\u00a0=\u00a0{n:,}"}
+            axes.errorbar(row["step"], p, error, **mark, capsize=3)
+            said = " Others: sampled answers where nothing is trained, bars are 95 %."
+        graded = [row for row in rows if row.get(f"{kind}/n") and f"{kind}/accuracy" in row and f"{kind}/reward" not in row]
+        for k, row in enumerate(graded):
             n, p = row[f"{kind}/n"], row[f"{kind}/accuracy"]
             low, high = wilson(round(p * n), n)
             mark = {**style(i), "linestyle": "none", "label": None if k else f"{label}, n\u00a0=\u00a0{n:,}"}

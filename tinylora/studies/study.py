@@ -2,13 +2,14 @@
 
 import itertools
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from tinylora.errors import InputError
 from tinylora.rl.config import TrainConfig, preset
+from tinylora.rl.rewards import Rewards
 
 TOP = {"title", "question", "seeds", "x", "x_label", "settings", "arms", "quick"}
 SETTINGS = {f.name for f in fields(TrainConfig)} - {"output_dir", "seed", "projection_seed"}
@@ -37,6 +38,7 @@ class Study:
     x_label: str
     quick: bool
     arms: list[Arm]
+    measure: str = "accuracy"  # or "reward": what its runs are compared by
 
 
 def read_study(path: Path, quick: bool) -> Study:
@@ -64,9 +66,11 @@ def read_study(path: Path, quick: bool) -> Study:
         raise InputError(f"{path}: two arms are named {twice[0]!r}; put what differs into the name, as {{u}} for u")
     x = raw.get("x")
     study = Study(raw.get("title", path.stem), raw.get("question", ""), seeds, x, raw.get("x_label", x or ""), quick, arms)
-    for arm in arms:  # every error before the first run
-        for chosen in combinations(arm.choose):
-            config(arm.settings | chosen, 0, path)
+    # every error before the first run
+    configs = [config(arm.settings | chosen, 0, path) for arm in arms for chosen in combinations(arm.choose)]
+    study.measure = measure_of(configs)
+    for c in configs:
+        Rewards(c.reward, c.reward_weights, c.extractor, c.seed)
     return study
 
 
@@ -87,6 +91,17 @@ def _arms(path: Path, raw: dict[str, Any], shared: dict[str, Any]) -> Iterator[A
 
 def combinations(axes: dict[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def measure_of(configs: Sequence[TrainConfig]) -> str:
+    """What a study compares its runs by: "reward" where all have the same own one, else "accuracy". InputError where there is
+    nothing that all of them are scored by."""
+    rewards = {(c.reward, c.reward_weights) for c in configs}
+    if all(c.own_reward for c in configs) and len(rewards) == 1:
+        return "reward"
+    if all(c.graded for c in configs):
+        return "accuracy"
+    raise InputError("the arms have different rewards, and no accuracy to be compared by: add accuracy to each arm's reward")
 
 
 def config(settings: dict[str, Any], seed: int, where: Path, output_dir: str | None = None) -> TrainConfig:

@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from tinylora.studies.canvas import COLOURS, DASHES, STYLE, Picture, canvas, picture, style
-from tinylora.studies.results import by, counts, is_number, spread
+from tinylora.studies.results import by, counts, is_number, measure_of, shown, spread
 
 POINTS = 60  # of a learning curve; longer ones are means of several steps
+UNITS = {"accuracy": "accuracy, % of problems", "reward": "mean reward of held-out problems"}
 WIDE = 8  # largest over smallest of an axis' values, from which it is logarithmic whatever it shows
 
 
@@ -64,7 +65,8 @@ def _point(axes: Any, place: float, values: Sequence[float], i: int, sideways: b
 
 def _against(results: Sequence[dict[str, Any]], kind: str, place: str, label: str, logarithmic: bool) -> Picture:
     """Accuracy by a numeric x, a line a series; a series without an x, or named full, is a level."""
-    figure, axes = canvas(f"{kind.capitalize()} accuracy", label, "accuracy, % of problems", 3.4)
+    measure = measure_of(results)
+    figure, axes = canvas(f"{kind.capitalize()} {measure}", label, UNITS[measure], 3.4)
     series, alt, levels = by(results, "series"), [], {}
     flat = {name for name, rows in series.items() if name.lower() == "full" or not all(is_number(r["x"]) for r in rows)}
     xs = sorted({row[place] for row in results if row["series"] not in flat})
@@ -82,20 +84,21 @@ def _against(results: Sequence[dict[str, Any]], kind: str, place: str, label: st
         for x in sorted({row[place] for row in rows}):
             at = back(scale(x) + aside)
             points[at] = _point(axes, at, [row["trained"][kind] for row in rows if row[place] == x], i)
-            alt.append(f"{name} at {x:,}: {points[at]:.1%}")
+            alt.append(f"{name} at {x:,}: {shown(points[at], measure)}")
         axes.plot(list(points), list(points.values()), **style(i), label=name)
     levels |= {name: (p, "#555555", DASHES[1 + i % 2]) for i, (name, p) in enumerate(_bases(results, kind).items())}
     for name, (p, colour, dash) in levels.items():
         axes.axhline(p, color=colour, linestyle=dash, linewidth=1.3, label=name)
-        alt.append(f"{name}: {p:.1%}")
+        alt.append(f"{name}: {shown(p, measure)}")
     if logarithmic:
         axes.set_xscale("log")
-    shown = xs[:1]  # ticks are at the values that were run, less those too near their neighbour to be read
-    shown += [x for before, x in zip(xs, xs[1:], strict=False) if scale(x) - scale(before) > 0.08 * width]
-    axes.set_xticks(shown, [f"{x:,}" for x in shown])
+    ticks = xs[:1]  # at the values that were run, less those too near their neighbour to be read
+    ticks += [x for before, x in zip(xs, xs[1:], strict=False) if scale(x) - scale(before) > 0.08 * width]
+    axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=None))
+    if measure == "accuracy":
+        axes.set_ylim(0, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=None))
     return picture(figure, axes, f"{kind}-{place}", _caption(results) + " Series are drawn a little apart.", alt)
 
 
@@ -105,18 +108,19 @@ def _beside(results: Sequence[dict[str, Any]], kind: str) -> Picture:
     names = [textwrap.fill(name, 24) for name in arms]
     tallest = max(name.count("\n") + 1 for name in names)
     height = 1.2 + len(arms) * (0.15 + 0.16 * tallest)
-    figure, axes = canvas(f"{kind.capitalize()} accuracy", "accuracy, % of problems", "arm", height)
-    alt = []
+    measure, alt = measure_of(results), []
+    figure, axes = canvas(f"{kind.capitalize()} {measure}", UNITS[measure], "arm", height)
     for y, (name, rows) in enumerate(arms.items()):
         mean = _point(axes, y, [row["trained"][kind] for row in rows], series.index(rows[0]["series"]), sideways=True)
-        alt.append(f"{name}: {mean:.1%}")
+        alt.append(f"{name}: {shown(mean, measure)}")
     for i, (name, p) in enumerate(_bases(results, kind).items()):
         axes.axvline(p, color="#555555", linestyle=DASHES[1 + i % 2], label=name)
-        alt.append(f"{name}: {p:.1%}")
+        alt.append(f"{name}: {shown(p, measure)}")
     axes.set_yticks(range(len(arms)), names, fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.02)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=None))
+    if measure == "accuracy":
+        axes.set_xlim(0, 1.02)
+        axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=None))
     return picture(figure, axes, f"{kind}-arms", _caption(results) + " Colours and markers are series.", alt)
 
 

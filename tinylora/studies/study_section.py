@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinylora.studies.page import html_figures, html_table
-from tinylora.studies.results import by, counts, counts_to_reach, is_number, spread
+from tinylora.studies.results import by, counts, counts_to_reach, is_number, measure_of, shown, spread
 from tinylora.studies.stored import read
 
 if TYPE_CHECKING:
@@ -35,14 +35,16 @@ def study_section(path: Path) -> tuple[str, str, list["Picture"]]:
         if any(runs):
             curves[arm] = [rewards for rewards in runs if rewards]
     pictures = study_pictures(about, results, curves)
+    measure = measure_of(results)
     lines = []
     for arm, rows in arms.items():
         ranked = sorted(rows, key=lambda row: row["trained"]["sampled"])
         line = [arm, counts([row["num_parameters"] for row in rows]), counts([row["n"] for row in rows]), str(len(rows))]
         for kind in ("sampled", "greedy"):
             mean, low, high = spread([row["trained"][kind] for row in rows])
-            line.append(f"{mean:.1%}" + (f" [{low:.1%}, {high:.1%}]" if len(rows) > 1 else ""))
-        line += [f"{row['trained']['sampled']:.1%} ({row['seed']})" for row in (ranked[-1], ranked[0])]
+            interval = f" [{shown(low, measure)}, {shown(high, measure)}]" if len(rows) > 1 else ""
+            line.append(shown(mean, measure) + interval)
+        line += [f"{shown(row['trained']['sampled'], measure)} ({row['seed']})" for row in (ranked[-1], ranked[0])]
         lines.append(line)
     seeds = [len(rows) for rows in arms.values()]
     facts = f"{len(arms)} arms, {counts(seeds)} seeds each (a seed also draws P), {counts([r['n'] for r in results])} problems"
@@ -50,7 +52,8 @@ def study_section(path: Path) -> tuple[str, str, list["Picture"]]:
     facts += "; a --quick study: too small to conclude from." if about.get("quick") else "; a whole study, not --quick."
     if uncurved := dict.fromkeys(row["series"] for row in results if row["arm"] not in curves):
         facts += f" Without rewards, or without their runs here, and so without learning curves: arms of {'; '.join(uncurved)}."
-    header = ["arm", "trained numbers", "n problems", "seeds", "sampled, mean [95 %]", "greedy, mean [95 %]"]
+    of = " reward" if measure == "reward" else ""
+    header = ["arm", "trained numbers", "n problems", "seeds", f"sampled{of}, mean [95 %]", f"greedy{of}, mean [95 %]"]
     table = html_table([*header, "best (seed)", "worst (seed)"], lines)
     title = str(about.get("title") or path.name)
     said = "".join(f"<p>{escape(text)}</p>\n" for text in (str(about.get("question", "")), facts))
@@ -81,7 +84,7 @@ def numbers_needed(about: dict[str, Any], results: Sequence[dict[str, Any]]) -> 
             level = base + share * (best - base)
             found = counts_to_reach(counts, accuracies, level)
             for name, own, (needed, ratio) in zip(series, counts, found, strict=True):
-                cells = [f"{kind} {level:.1%}, {share:.0%} of the gain: {name}"]
+                cells = [f"{kind} {shown(level, measure_of(results))}, {share:.0%} of the gain: {name}"]
                 for (value, low, high), least in ((needed, own[0]), (ratio, -math.inf)):
                     cells.append(f"{_count(value, least)} [{_count(low, least)}, {_count(high, least)}]")
                 lines.append(cells)

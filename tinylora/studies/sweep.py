@@ -35,6 +35,7 @@ from tinylora.errors import InputError
 from tinylora.files import write_text
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.run_directory import changed_settings, is_step
+from tinylora.studies.results import shown
 from tinylora.studies.study import Arm, Study, combinations, config, read_study
 
 CHOICE_SEED = 1000  # of the runs that choose settings: away from those that are reported
@@ -132,13 +133,14 @@ def _rows(c: TrainConfig) -> list[dict[str, Any]]:
 
 
 def _validation(c: TrainConfig) -> float | None:
-    """Accuracy on the held-out training rows after the last step."""
-    found = [row["validation/accuracy"] for row in _rows(c) if "validation/accuracy" in row]
+    """Accuracy, or the own reward, on the held-out training rows after the last step."""
+    name = f"validation/{'reward' if c.own_reward else 'accuracy'}"
+    found = [row[name] for row in _rows(c) if name in row]
     return found[-1] if found else None
 
 
-def result(arm: Arm, c: TrainConfig, x: str | None, out: Path) -> dict[str, Any]:
-    """One line of results.jsonl."""
+def result(arm: Arm, c: TrainConfig, x: str | None, out: Path, measure: str) -> dict[str, Any]:
+    """One line of results.jsonl; `measure` is what the study compares its runs by."""
     path = Path(c.output_dir or "")
     about, rows = json.loads((path / "config.json").read_text()), _rows(c)
     scores = [row for row in rows if "eval/n" in row]
@@ -148,8 +150,10 @@ def result(arm: Arm, c: TrainConfig, x: str | None, out: Path) -> dict[str, Any]
     count = about["num_parameters"]
     size = count * {"float32": 4, "bfloat16": 2, "float16": 2}[c.param_dtype]
     places = {"num_parameters": count, "bytes": size}
-    base, trained = ({k: row[f"eval/{m}"] for k, m in (("sampled", "accuracy"), ("greedy", "accuracy_greedy"))}
-                     for row in (scores[0], scores[-1]))  # fmt: skip
+    names = {"sampled": f"eval/{measure}", "greedy": f"eval/{measure}_greedy"}
+    base, trained = ({kind: row[name] for kind, name in names.items()} for row in (scores[0], scores[-1]))
+    if None in (*base.values(), *trained.values()):
+        raise InputError(f"{path}: the reward scored none of the held-out completions, so there is nothing to compare")
     return {
         "arm": arm.name,
         "series": arm.series,
@@ -159,6 +163,7 @@ def result(arm: Arm, c: TrainConfig, x: str | None, out: Path) -> dict[str, Any]
         "num_parameters": count,
         "bytes": size,
         "n": scores[-1]["eval/n"],
+        "measure": measure,
         "base": base,
         "trained": trained,
         "validation": _validation(c),
@@ -170,16 +175,17 @@ def result(arm: Arm, c: TrainConfig, x: str | None, out: Path) -> dict[str, Any]
 def summarize(results: Sequence[dict[str, Any]]) -> str:
     """A line an arm: means over seeds, and the worst and best of them."""
     cells = []
+    reward = ", reward" if results[0]["measure"] == "reward" else ""
+    kinds = [f"sampled{reward}", f"greedy{reward}"]
     for arm in dict.fromkeys(r["arm"] for r in results):
         own = [r for r in results if r["arm"] == arm]
         line = [arm, f"{own[0]['num_parameters']:,}", str(len(own))]
         for kind in ("sampled", "greedy"):
             values = [r["trained"][kind] for r in own]
-            line.append(f"{sum(values) / len(values):.1%} ({min(values):.1%}..{max(values):.1%})")
+            cells_ = [shown(x, own[0]["measure"]) for x in (sum(values) / len(values), min(values), max(values))]
+            line.append("{} ({}..{})".format(*cells_))
         cells.append(line)
-    return table(
-        [f"n = {results[0]['n']} problems", "numbers", "seeds", "sampled (worst..best)", "greedy (worst..best)"], cells
-    )
+    return table([f"n = {results[0]['n']} problems", "numbers", "seeds", *(f"{kind} (worst..best)" for kind in kinds)], cells)
 
 
 def main(arguments: list[str]) -> int:
@@ -202,9 +208,17 @@ def main(arguments: list[str]) -> int:
         for arm, own in zip(study.arms, chosen, strict=True)
     ]
     run_all(plan, options.processes, "training")
-    results = [result(arm, c, study.x, out) for arm, runs in zip(study.arms, plan, strict=True) for c in runs]
-    about = {"name": out.name, "title": study.title, "question": study.question, "x": study.x, "x_label": study.x_label}
-    about |= {"quick": study.quick, "chosen": {a.name: c for a, c in zip(study.arms, chosen, strict=True) if c}}
+    results = [result(arm, c, study.x, out, study.measure) for arm, runs in zip(study.arms, plan, strict=True) for c in runs]
+    about = {
+        "name": out.name,
+        "title": study.title,
+        "question": study.question,
+        "x": study.x,
+        "x_label": study.x_label,
+        "measure": study.measure,
+    }
+    about |= {"measure": study.measure, "quick": study.quick}
+    about["chosen"] = {a.name: c for a, c in zip(study.arms, chosen, strict=True) if c}
     write_text(out / "study.json", json.dumps(about, indent=2) + "\n")
     write_text(out / "results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
     print(f"{study.title}\n\n{summarize(results)}\n\nresults in {out}; a page: python -m tinylora.report {out}")
