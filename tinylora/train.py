@@ -9,6 +9,7 @@ from tinylora.cli import flag, read_settings, run_command, split_flag
 from tinylora.errors import InputError
 from tinylora.rl.config import TrainConfig, preset, stored_settings
 from tinylora.rl.dry_run import dry_run, first_prompt
+from tinylora.rl.initial import settings_of
 from tinylora.rl.trainer import Trainer
 
 
@@ -25,7 +26,8 @@ class TrainCommand(TrainConfig):
     dry_run: bool = False
     """Print the plan of this run from the model's config.json alone, and stop."""
     resume: bool = False
-    """Continue the run in --output-dir, bit for bit. Its settings are the defaults then."""
+    """Continue the run in --output-dir, bit for bit. Its settings are the defaults then; --max-steps may be larger where the
+    learning rate is constant."""
 
     def config(self) -> TrainConfig:
         """The run's settings without the command's flags."""
@@ -52,7 +54,11 @@ def parse(arguments: list[str]) -> TrainCommand:
     else:
         said = {n: split_flag(arguments, f"--{n}")[0] or settings.get(n) for n in ("model", "method", "algorithm", "dataset")}
         usual = preset(**{name: value for name, value in said.items() if value})
-        settings = {**usual, **({"max_steps": -1} if epochs else {}), **settings}
+        if initial := split_flag(arguments, "--init-adapter")[0] or settings.get("init_adapter"):
+            usual |= settings_of(initial)
+        settings = {**usual, **settings}
+    if epochs:
+        settings["max_steps"] = -1
     program = "python -m tinylora.train"
     return tyro.cli(TrainCommand, args=arguments, default=TrainCommand(**settings), prog=program)
 

@@ -81,9 +81,25 @@ def adapter_path(adapter: str | Path) -> Path:
     return path / "adapter" if not (path / "adapter_config.json").exists() and (path / "adapter").is_dir() else path
 
 
+def describe_adapter(path: Path) -> dict[str, Any]:
+    """What a saved adapter of any format says of itself. InputError where it is missing or cannot be read."""
+    described = _read_files(path)[0]
+    if not isinstance(described, dict):
+        raise InputError(f"--adapter {path}: adapter_config.json holds no settings")
+    return described
+
+
 def read_adapter(path: Path, base: Base, force_base: bool = False) -> tuple[TinyLoRAConfig, Parts, Tensor]:
     """A saved adapter of any format, checked against a base. force_base: another base of the same modules is a warning, as
     another quantisation is one; the adapter is then that base's own, with its factors turned as those it was trained with."""
+    described, tensors = _read_files(path)
+    if isinstance(described, dict) and "peft_type" in described:
+        return peft.read(path, described, tensors, base, force_base)
+    return _read_own(path, described, tensors, base, force_base)
+
+
+def _read_files(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """What an adapter's directory or file holds: its description, not yet checked, and its tensors."""
     described: Any
     if path.suffix == ".gguf":
         raise InputError(f"--adapter {path}: a LoRA for llama.cpp, which cannot come back; give the run it was exported from")
@@ -104,9 +120,7 @@ def read_adapter(path: Path, base: Base, force_base: bool = False) -> tuple[Tiny
         raise
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"--adapter {path} cannot be read: {error}") from None
-    if isinstance(described, dict) and "peft_type" in described:
-        return peft.read(path, described, tensors, base, force_base)
-    return _read_own(path, described, tensors, base, force_base)
+    return described, tensors
 
 
 def _read_own(

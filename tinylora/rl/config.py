@@ -48,7 +48,7 @@ BUILTIN_LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 OWN = (
     "learning_rate", "seed", "projection_seed", "output_dir", "u", "n_tie", "tie_mode", "param_dtype", "sigma",
     "lr_scheduler_type", "warmup_steps", "max_grad_norm", "max_steps", "num_iterations", "loss_type", "beta", "epsilon",
-    "epsilon_high", "scale_rewards", "importance_sampling_cap", "microbatch_tokens", "save_steps", "dead_steps",
+    "epsilon_high", "kl_reference", "scale_rewards", "importance_sampling_cap", "microbatch_tokens", "save_steps", "dead_steps",
 )  # fmt: skip
 
 
@@ -99,6 +99,9 @@ class TrainConfig:
     """grpo; sft: next-token loss on solutions; es: evolution strategies, one perturbed adapter a row, no backward pass."""
     method: Literal["tinylora", "lora_xs", "lora", "full"] = "tinylora"
     """What is trained: tinylora; lora_xs: a whole r x r core for each module; lora (PEFT) and full: plain baselines."""
+    init_adapter: str | None = None
+    """Start from a saved adapter, also of another task: a run, its adapter/ or best/, or PEFT's TINYLORA directory. Its rank,
+    tying and P are the defaults then."""
     sigma: float = 0.02
     """ES: standard deviation of the perturbations of v."""
     sft_data: Literal["given", "own", "foreign"] = "given"
@@ -151,7 +154,9 @@ class TrainConfig:
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
     """Normalisation of the token losses: per completion, by the budget, or by the step's tokens."""
     beta: float = 0.0
-    """Weight of the KL to the base model (the adapter off: no second model)."""
+    """Weight of the KL to --kl-reference (the adapter off, or as it was: no second model)."""
+    kl_reference: Literal["base", "initial"] = "base"
+    """What the KL is to: the base model, or the adapter of --init-adapter."""
     epsilon: float = 0.2
     """Clip range of the probability ratio."""
     epsilon_high: float | None = None
@@ -241,10 +246,14 @@ class TrainConfig:
                 raise InputError(f"--algorithm es perturbs an adapter in every row, --method {self.method} has none there")
             if self.exact or self.param_dtype != "float32":
                 raise InputError(f"--exact and --param-dtype are for --method tinylora and lora_xs, not {self.method}")
+            if self.init_adapter is not None:
+                raise InputError(f"--init-adapter is for --method tinylora and lora_xs, not {self.method}")
             if self.method == "full" and self.beta > 0:
                 raise InputError("--beta with --method full would need a second model: use 0")
         if self.algorithm == "es" and (self.beta > 0 or self.num_generations % 2 or self.sigma <= 0):
             raise InputError("--algorithm es needs --beta 0, an even --num-generations (pairs) and a positive --sigma")
+        if self.kl_reference == "initial" and self.init_adapter is None:
+            raise InputError("--kl-reference initial: there is no --init-adapter; without one the run starts from the base")
         if self.sft_data == "foreign" and self.dataset != "builtin":
             raise InputError("--sft-data foreign: only the builtin task has solutions in another style")
         if self.num_generations < (1 if self.algorithm == "sft" else 2):

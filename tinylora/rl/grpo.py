@@ -35,9 +35,11 @@ def grpo_step(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _descend(t: Run, batch: Batch) -> dict[str, Any]:
     """A run's optimizer steps on its batch; the metrics of the first."""
     first: dict[str, Any] = {}
+    with torch.no_grad():
+        reference = t.matrices_before() if t.config.kl_reference == "initial" else None
     for iteration in range(t.config.num_iterations):
         t.optimizer.zero_grad(set_to_none=True)
-        metrics = update(t.policy, batch, t.config, t.plan)
+        metrics = update(t.policy, batch, t.config, t.plan, reference)
         if iteration == 0:
             mean, largest = (metrics[f"sampling/sampling_logp_difference/{x}"] for x in ("mean", "max"))
             require_same_policy(mean, largest, t.model.weight_dtype, t.config.exact, t.step + 1)

@@ -1,9 +1,11 @@
 """The base and the task of a run: loaded once for all runs on them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from tinylora.engine.text import Text, fitting_rows
 from tinylora.errors import InputError
+from tinylora.hashes import digest
 from tinylora.model.decoder import Decoder
 from tinylora.model.loader import load_model
 from tinylora.rl.config import TrainConfig
@@ -23,6 +25,7 @@ class Inputs:
     test_rows: list[Row]
     validation_rows: list[Row]
     prompts: list[list[int]]  # of all rows
+    hashes: dict[str, Any]  # of what a run knows of its data, by what is told where it has changed
 
 
 def load_inputs(config: TrainConfig) -> Inputs:
@@ -54,4 +57,20 @@ def load_inputs(config: TrainConfig) -> Inputs:
         if dropped := len(train) - len(solved):
             print(f"{dropped} solutions are longer than --max-completion-length {most} and are not used")
         train = solved
-    return Inputs(model, text, grader, train, test, validation, prompts)
+    rows = [*train, *test, *validation]
+    hashes: dict[str, Any] = {
+        "rows": [len(train), len(test), len(validation)],
+        "prompts": digest([row["prompt"] for row in rows]),
+        "prompts' token ids": digest(prompts),
+        "answers": digest([row.get("answer") for row in rows if _plain(row.get("answer"))]),
+    }
+    if config.own_reward or config.algorithm == "sft":  # which read the other columns
+        hashes["columns"] = digest([{k: v for k, v in row.items() if k != "prompt" and _plain(v)} for row in rows])
+    return Inputs(model, text, grader, train, test, validation, prompts, hashes)
+
+
+def _plain(value: Any) -> bool:
+    """Whether JSON holds it."""
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _plain(v) for k, v in value.items())
+    return all(map(_plain, value)) if isinstance(value, list | tuple) else isinstance(value, str | int | float | None)

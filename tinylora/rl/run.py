@@ -14,16 +14,20 @@ from torch import Tensor
 
 import tinylora
 from tinylora import prng
+from tinylora.adapter.files import adapter_path
 from tinylora.engine.rollout import Sampling
 from tinylora.errors import InputError
+from tinylora.model.decoder import Matrices
 from tinylora.rl.config import LEARNING_RATES, RELATIVE_STEP, TrainConfig
 from tinylora.rl.consistency import fix_capacity
+from tinylora.rl.initial import initial_adapter
 from tinylora.rl.inputs import Inputs
 from tinylora.rl.memory import plan_memory
 from tinylora.rl.policy import Policy, adapter_of, baseline_of, new_policy
 from tinylora.rl.rewards import Rewards
 from tinylora.rl.run_directory import V_IN_METRICS, Metrics, RunDirectory, is_step
 
+INITIAL = "init"  # the adapter that a run started from, in its directory
 ORDER_STREAM = 0x0D3  # names the stream of the prompts' order
 
 
@@ -57,7 +61,14 @@ class Run:
         self.max_steps = config.max_steps
         if self.max_steps < 1:
             self.max_steps = max(1, math.ceil(config.num_train_epochs * self.steps_per_epoch))
-        self.policy = new_policy(self.model, config)
+        self.initial_v: Tensor | None = None  # of --init-adapter
+        if config.init_adapter is None:
+            self.policy: Policy = new_policy(self.model, config)
+        else:
+            kept = Path(config.output_dir or "") / INITIAL  # what the run began with; the original may be gone by now
+            path = kept if resume and kept.is_dir() else adapter_path(config.init_adapter)
+            self.policy = initial_adapter(self.model, config, path)
+            self.initial_v = self.policy.v.detach().clone()
         longest, sequences = max(map(len, inputs.prompts)), config.prompts_per_step * config.num_generations
         if config.exact and self.model.capacity is None:
             fix_capacity(self.policy, inputs.prompts, self.sampling())
@@ -72,9 +83,13 @@ class Run:
             "num_parameters": self.policy.num_parameters,
             "max_steps": self.max_steps,
             "base_model_hash": self.model.base_hash,
+            "data": inputs.hashes,
+            "reward_sources": self.rewards.sources,
             "versions": {"tinylora": tinylora.__version__, "torch": torch.__version__},
         }
         self.run_directory = RunDirectory(Path(config.output_dir or config.new_directory(self.model.path)), about, resume)
+        if self.initial_v is not None and not (self.run_directory.path / INITIAL).is_dir():
+            self.policy.save(self.run_directory.path / INITIAL)
         if self.run_directory.checkpoint is not None:
             self._restore(*self.run_directory.checkpoint)
 
@@ -107,6 +122,10 @@ class Run:
         epoch, place = divmod(self.step, self.steps_per_epoch)
         order = prng.permutation(len(self.train_rows), ORDER_STREAM, self.config.seed, epoch)
         return order[place * self.config.prompts_per_step : (place + 1) * self.config.prompts_per_step]
+
+    def matrices_before(self) -> Matrices | None:
+        """Of the adapter that the run started from; None: it started from the base."""
+        return None if self.initial_v is None else adapter_of(self.policy).matrices(self.initial_v)
 
     # ---- how it moves on ------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,12 @@ def changed_settings(old: Metrics, new: Metrics) -> list[tuple[str, Any, Any]]:
     return [(k, held.get(k), v) for k, v in wanted.items() if k not in FREE_SETTINGS and v != held.get(k)]
 
 
+def _differences(stored: Metrics, about: Metrics, key: str) -> list[str]:
+    """The names under a key of config.json whose values are not those stored; what an older run does not say is none."""
+    held = stored.get(key, {})
+    return [name for name, value in about.get(key, {}).items() if name in held and held[name] != value]
+
+
 class RunDirectory:
     def __init__(self, path: Path, about: Metrics, resume: bool) -> None:
         """Start a run in `path`, or take up the one that is there. `about` is what config.json says.
@@ -64,11 +70,30 @@ class RunDirectory:
 
     def _take_up(self, stored: Metrics, about: Metrics) -> None:
         new = about["settings"]
-        if changed := changed_settings(stored["settings"], new):
-            said = ", ".join(f"{k} was {old!r}, now {wanted!r}" for k, old, wanted in changed)
-            raise InputError(f"--resume: {self.path} holds a different run: {said}")
+        changed = changed_settings(stored["settings"], new)
+        longer = {name for name, *_ in changed} & {"max_steps", "num_train_epochs"}
+        if other := [change for change in changed if change[0] not in longer]:
+            said = ", ".join(f"{k} was {old!r}, now {wanted!r}" for k, old, wanted in other)
+            raise InputError(
+                f"--resume: {self.path} holds a different run: {said}. To go on from its adapter: --init-adapter {self.path}"
+            )
+        was, steps = stored.get("max_steps", about["max_steps"]), about["max_steps"]
+        if longer and steps < was:
+            raise InputError(f"--resume: {steps} steps, and the run in {self.path} has {was}: more can be had, fewer not")
+        if longer and new["lr_scheduler_type"] != "constant":
+            raise InputError(
+                f"--resume: the learning rate of {self.path} falls over {was} steps ({new['lr_scheduler_type']}); with {steps} "
+                f"its steps would have been others. To go on from its adapter: --init-adapter {self.path}"
+            )
         if stored["base_model_hash"] != about["base_model_hash"]:
             raise InputError(f"--resume: the weights of {new['model']} are not those the run in {self.path} began with")
+        if differs := _differences(stored, about, "data"):
+            hint = " (the chat template or the tokenizer is another)" if differs == ["prompts' token ids"] else ""
+            raise InputError(f"--resume: the data of {self.path} changed since it began, in its {', '.join(differs)}{hint}")
+        if differs := _differences(stored, about, "reward_sources"):
+            raise InputError(f"--resume: the source of --reward {' '.join(differs)} changed since the run in {self.path} began")
+        if longer:
+            write_text(self.path / "config.json", json.dumps({**stored, "settings": new, "max_steps": steps}, indent=2) + "\n")
         file = self.path / "checkpoint" / "state.safetensors"
         step = 0
         if file.exists():

@@ -182,7 +182,8 @@ def reward_metrics(s: Share) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for name, x in found.items():
         mean, std = ("mean", "std") if name.endswith("/") else ("", "_std")
-        metrics |= {f"{name}{mean}": _number(x.nanmean()), f"{name}{std}": _number(x[~x.isnan()].std())}
+        scored = x[~x.isnan()]
+        metrics |= {f"{name}{mean}": _number(x.nanmean()), f"{name}{std}": _number(scored.std()) if len(scored) > 1 else None}
     return metrics
 
 

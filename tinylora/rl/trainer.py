@@ -68,12 +68,13 @@ class Trainer(Run):
     def before_and_after(self) -> str:
         """The table of the base and of the adapter as it is now."""
         answer_format = self.grader.answer_format if self.grader else ""
-        return summary(self.evaluate(0), self.evaluate(self.step), answer_format, self.config.temperature)
+        names = ("base" if self.initial_v is None else "initial", "trained")
+        return summary(self.evaluate(0), self.evaluate(self.step), answer_format, self.config.temperature, names)
 
     def _scores(self, rows: list[dict[str, Any]], step: int) -> Scores:
         c = self.config
         with torch.no_grad():
-            matrices = self.policy.matrices() if step else None  # step 0 is the base model
+            matrices = self.policy.matrices() if step else self.matrices_before()  # step 0 is the base model, unless it was not
         # On a GPU in the room that training has, where its graphs are; on a CPU in as much as pays.
         cache = self.plan.cache if self.model.device.type == "cuda" else None
         length = c.max_completion_length

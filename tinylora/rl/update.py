@@ -44,8 +44,11 @@ class Batch:
 PartLoss = Callable[[list[int]], tuple[Tensor, Callable[[], None]]]
 
 
-def update(policy: Policy, batch: Batch, config: TrainConfig, plan: MemoryPlan) -> dict[str, float | None]:
+def update(
+    policy: Policy, batch: Batch, config: TrainConfig, plan: MemoryPlan, reference: Matrices | None = None
+) -> dict[str, float | None]:
     """Add the gradient of the step's loss to the policy's parameters; returns its tokens' metrics, None where it had none.
+    `reference` is what the KL is to; None: the base model.
 
     Without live completions there is no forward and the gradient is zero.
     """
@@ -64,7 +67,10 @@ def update(policy: Policy, batch: Batch, config: TrainConfig, plan: MemoryPlan) 
         ref = None
         if config.beta > 0:
             with torch.no_grad():
-                ref, _ = policy_score(policy, prompts, completions, part, config.temperature, off=True)
+                if reference is None:
+                    ref, _ = policy_score(policy, prompts, completions, part, config.temperature, off=True)
+                else:
+                    ref, _ = score(policy, reference, prompts, completions, part, config.temperature)
         weights = token_weights(counts, config.loss_type, len(completions), total, config.max_completion_length)
         terms = grpo_loss(
             logp,
