@@ -55,7 +55,7 @@ class Alarms:
             mean = sum(self.rewards) / WINDOW
             if mean > self.best:
                 self.best, self.best_step = mean, step
-            elif mean < self.best / 2:
+            elif self.best > 0 and mean < self.best / 2:
                 found["reward"] = (
                     f"step {step}: the mean reward of the last {WINDOW} steps is {mean:.3g}, under half of the best {WINDOW} "
                     f"steps' {self.best:.3g} (up to step {self.best_step})"
