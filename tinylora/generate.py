@@ -70,9 +70,10 @@ def main(arguments: list[str]) -> int:
     prompts = list(c.prompt)
     if c.file is not None:
         try:
-            prompts += [line for line in Path(c.file).read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = Path(c.file).read_bytes().decode().replace("\r\n", "\n").split("\n")  # a prompt may hold U+2028
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--file {c.file} cannot be read: {error}") from None
+        prompts += [line for line in lines if line.strip()]
     if not prompts:
         raise InputError("nothing to complete: give --prompt TEXT, or --file with a prompt a line")
     model = load_model(c.model, c.device, c.dtype)

@@ -59,6 +59,15 @@ def test_the_command_streams_and_says_the_same_in_a_batch(capsys, tmp_path, monk
     assert capsys.readouterr().out == f"--- {PROBLEM}\n{alone}" * 2
 
 
+def test_a_prompt_ends_at_a_line_end_alone(capsys, tmp_path):
+    """Not at U+2028, NEL, a vertical tab, a file separator or a lone carriage return, where str.splitlines ends one too."""
+    odd = "Ann\u2028has\x8523\x0bpens.\x1cGets\r48."
+    (tmp_path / "prompts").write_bytes(f"{odd}\r\n \r\n{PROBLEM}\n".encode())
+    assert main(["--file", str(tmp_path / "prompts"), "--max-completion-length", "2"]) == 0
+    said = [line[4:] for line in capsys.readouterr().out.split("\n") if line.startswith("--- ")]
+    assert said == [odd, PROBLEM]
+
+
 def test_characters_of_several_tokens_come_whole(capsys):
     class Bytes:
         def decode(self, tokens):
