@@ -1,4 +1,4 @@
-"""python -m tinylora.generate: complete prompts with a model, and with adapters on it, one per prompt."""
+"""python -m tinylora.generate: complete prompts with a model and adapters on it: one per prompt, or one prompt under each."""
 
 import sys
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ class GenerateConfig:
     model: str = "builtin"
     """Hugging Face directory, hub id or GGUF file; "builtin" and "builtin-medium" come with the package."""
     adapter: tuple[str, ...] = ()
-    """Run directories or their adapter/: none is the base model, one is for every prompt, as many as prompts is one each."""
+    """Run directories or their adapter/; "base" is the model without one, and so is none. One is for every prompt, as many as
+    prompts is one each, and several with one prompt complete it under each."""
     force_base: bool = False
     """Take --adapter on a base with other weights than it was trained on, as another quantisation has, with a warning."""
     prompt: tuple[str, ...] = ()
@@ -70,25 +71,31 @@ def main(arguments: list[str]) -> int:
     prompts = list(c.prompt)
     if c.file is not None:
         try:
-            prompts += [line for line in Path(c.file).read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = Path(c.file).read_bytes().decode().replace("\r\n", "\n").split("\n")  # a prompt may hold U+2028
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--file {c.file} cannot be read: {error}") from None
+        prompts += [line for line in lines if line.strip()]
     if not prompts:
         raise InputError("nothing to complete: give --prompt TEXT, or --file with a prompt a line")
     model = load_model(c.model, c.device, c.dtype)
     text = Text(model.path)
-    adapters = [load_adapter(a, model, force_base=c.force_base) for a in c.adapter]
+    adapters = [None if a == "base" else load_adapter(a, model, force_base=c.force_base) for a in c.adapter]
     encode = text.tokenizer.encode if c.raw else lambda p: text.prompt([{"role": "user", "content": p}])
     ids = [list(encode(p)) for p in prompts]
     sampling = Sampling(c.max_completion_length, c.temperature, c.top_p, c.top_k, c.seed, text.eos_ids)
-    alone = len(prompts) * c.num_return_sequences == 1
+    k, labels = c.num_return_sequences, prompts
+    # seed and number of each sequence: under each of several adapters a prompt draws what it would alone
+    names = [(c.seed, i) for i in range(len(ids) * k)]
+    if len(prompts) == 1 < len(adapters):
+        labels, ids, names = list(c.adapter), ids * len(adapters), names * len(adapters)
     printer = Printer(text)
-    found = generate(model, ids, adapters, sampling, c.num_return_sequences, watch=printer if alone else None)
+    alone = printer if len(names) == 1 else None
+    found = generate(model, ids, adapters, sampling, k, watch=alone, names=names)
     for i, completion in enumerate(found):
         if alone:
             sys.stdout.write(text.decode(completion.tokens)[len(printer.shown) :] + "\n")
         else:
-            print(f"--- {prompts[i // c.num_return_sequences]}", text.decode(completion.tokens), sep="\n")
+            print(f"--- {labels[i // k]}", text.decode(completion.tokens), sep="\n")
     return 0
 
 

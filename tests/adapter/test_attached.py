@@ -524,6 +524,24 @@ def test_training_an_adapted_weight_is_refused() -> None:
     logits(model)  # without gradients there is nothing to lose
 
 
+@pytest.mark.parametrize(("kind", "tied"), [("qwen2", False), ("qwen2", True), ("gpt2", True)])
+def test_save_pretrained_as_documented(tmp_path: Path, kind: str, tied: bool) -> None:
+    """As docs/layers.md has it: v beside the base, or the base alone, whose files are those from before attach."""
+    model = foreign_model(kind, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "before")
+    adapter = tinylora.attach(model, TinyLoRAConfig(u=3, n_tie=4, target_modules=TARGETS[kind]))
+    adapter.load_v(some_v(adapter))
+    text = (Path(__file__).parents[2] / "docs" / "layers.md").read_text()
+    documented = next(block for block in text.split("```") if "save_pretrained" in block and block.startswith("python\n"))
+    exec(documented.removeprefix("python\n").replace('"base"', "place"), {"model": model, "place": tmp_path / "base"})
+    files = {p.name: p.read_bytes() for p in (tmp_path / "before").iterdir()}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "base").iterdir()} == files and "model.safetensors" in files
+    model.save_pretrained(tmp_path / "both")
+    before, both = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "both"))
+    assert torch.equal(both.pop("tinylora.adapters.default.v"), adapter.v) and both.keys() == before.keys()
+    assert all(torch.equal(t, before[name]) for name, t in both.items())
+
+
 def test_saved_adapters_know_their_base(tmp_path: Path) -> None:
     model, adapter = attached()
     adapter.save(tmp_path / "a")

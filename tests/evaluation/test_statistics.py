@@ -51,6 +51,27 @@ def test_wilson_at_none_and_all(n: int) -> None:
     assert abs(mirrored[0] - (1 - high)) < 1e-15 and abs(mirrored[1] - 1) < 1e-15
 
 
+@pytest.mark.parametrize("z", [Z95, 1.0])
+def test_wilson_contains_its_share(z: float) -> None:
+    """Exactly, at none and all of every n, and at every share of small n: a bar of a figure has no negative length."""
+    cases = [(right, n) for n in range(1, 2001) for right in (0, n)]
+    cases += [(right, n) for n in range(1, 200) for right in range(n + 1)]
+    for right, n in cases:
+        low, high = wilson(right, n, z)
+        assert 0 <= low <= right / n <= high <= 1 and low < high, (right, n)
+        assert (low == 0) == (right == 0) and (high == 1) == (right == n), (right, n)
+
+
+def test_other_intervals_contain_what_they_are_of() -> None:
+    for n in range(1, 200):
+        for counts in ((0, n, 0, 0), (0, 0, n, 0), (n, 0, 0, 0), (0, 0, 0, n), (n, 1, 0, 0), (0, 0, 1, n)):
+            difference, low, high = paired_difference(*verdicts(*counts))
+            assert -1 <= low <= difference <= high <= 1, counts
+        for value in (0.1, 0.7, 1 / 3):
+            low, high = bootstrap([value] * n, resamples=100)
+            assert low <= sum([value] * n) / n <= high, (n, value)
+
+
 def test_z95_is_the_normal_quantile() -> None:
     assert abs(0.5 * (1 + math.erf(Z95 / math.sqrt(2))) - 0.975) < 1e-15
 

@@ -204,6 +204,27 @@ def test_a_run_and_its_answers(run: Path, drawn: dict[str, Any]) -> None:
     assert "Answers before" not in (run / "other.html").read_text()
 
 
+@pytest.mark.parametrize("n", [6, 7, 10, 32, 1319])
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_a_run_that_solves_none_or_all(run: Path, tmp_path: Path, drawn: dict[str, Any], n: int, accuracy: float) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    rows = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().split("\n") if line]
+    rows = [r | {"eval/n": n, "eval/accuracy": accuracy} if "eval/n" in r else r for r in rows]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    make(copy, "--no-samples")
+    bars = [c.lines[2][0].get_segments()[0][:, 1].tolist() for c in drawn["reward"].containers]
+    assert len(bars) == 2 and all(min(bar) == 0 if accuracy == 0 else max(bar) == 1 for bar in bars)
+
+
+def test_seeds_that_are_all_equal(study: Path) -> None:
+    """Nine accuracies of 0.7, whose mean rounds below each resample's."""
+    rows = [json.loads(line) for line in (study / "results.jsonl").read_text().split("\n") if line]
+    same = [r | {"seed": seed, "trained": {"sampled": 0.7, "greedy": 0.1}} for seed, r in enumerate(rows[-1:] * 9)]
+    (study / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in same))
+    make(study)
+    check_page(study / "report.html")
+
+
 def test_a_run_whose_base_is_not_here(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
     config = json.loads((copy / "config.json").read_text())

@@ -222,6 +222,19 @@ LM_EVAL = [
     (r"\boxed{\frac{36}{2}}", "18", {"flexible": True}, "a box is read whole"),
     (r"\boxed{18 \text{ in } 3 \text{ days}}", "18", {}, ""),
     ("#### .", "18", {}, ""),
+    ("#### 36/2", "18", {"strict": True}, "a fraction is read whole; lm_eval reads its numerator"),
+    ("#### 18/2", "18", {"strict": False}, "also where the numerator is the gold answer"),
+    ("#### 1.8e1", "18", {"strict": True}, "an exponent is read; lm_eval stops before it"),
+    ("#### 18e1", "18", {"strict": False}, "also where the number before it is the gold answer"),
+    ("#### 18abc", "18", {"strict": False}, "letters touch the number: what is not read to its end is none"),
+    ("#### 18kg", "18", {"strict": False}, "a unit that touches it too; with a blank it is ignored"),
+    ("#### 18-20", "18", {"strict": False}, "a range"),
+    ("#### 18*2", "18", {"strict": False}, "a product"),
+    ("#### 18:30", "18", {"strict": False}, "a time of day"),
+    ("#### 18abc\n#### 18", "18", {"strict": False}, "and no later mark is taken in its place"),
+    ("**#### 18**", "18", {}, ""),
+    ("#### 18)", "18", {}, ""),
+    ("#### 18!", "18", {}, ""),
 ]
 
 

@@ -20,10 +20,11 @@ def standard_error(verdicts: Sequence[bool]) -> float:
 
 
 def wilson(right: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """The 95 % interval of right / n."""
+    """The 95 % interval of right / n, within [0, 1], and cut to contain it: rounding leaves both by 1e-16."""
     p = right / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0.0, min(low, p)), min(1.0, max(high, p))
 
 
 def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:
@@ -45,7 +46,7 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[fl
     low = math.sqrt(max(0.0, da * da - 2 * phi * da * ub + ub * ub))
     high = math.sqrt(max(0.0, ua * ua - 2 * phi * ua * db + db * db))
     difference = p_after - p_before
-    return difference, difference - low, difference + high
+    return difference, max(-1.0, difference - low), min(1.0, difference + high)
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
@@ -62,11 +63,15 @@ def pass_at_k(right: int, n: int, k: int) -> float:
 
 
 def bootstrap(values: Sequence[float], resamples: int = 4000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean over problems, each value a problem's; the same for the same values."""
+    """The 95 % percentile interval of the mean over problems, each value a problem's; the same for the same values.
+
+    It contains the mean, to the last bit: resamples of equal values have other roundings than their sum.
+    """
     x = np.asarray(values, dtype=np.float64)
     draws = np.random.default_rng(seed).integers(0, len(x), (resamples, len(x)))
     low, high = np.quantile(x[draws].mean(axis=1), (0.025, 0.975))
-    return float(low), float(high)
+    mean = sum(values) / len(values)
+    return min(float(low), mean), max(float(high), mean)
 
 
 def smallest_difference(n: int, variance: float) -> float:

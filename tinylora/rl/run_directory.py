@@ -105,11 +105,11 @@ class RunDirectory:
                 raise InputError(f"--resume: {file} cannot be read: {error}") from None
             self.checkpoint, step = (tensors, row), row["step"]
         metrics = self.path / "metrics.jsonl"
-        for line in metrics.read_text().splitlines() if metrics.exists() else ():
+        for line in metrics.read_text().split("\n") if metrics.exists() else ():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
-                break  # torn by the kill; nothing follows it
+                break  # the end, or torn by the kill; nothing follows it
             if row["step"] <= step:
                 self.rows.append(row)
         if self.checkpoint and not any(r["step"] == step and is_step(r) for r in self.rows):
@@ -153,7 +153,7 @@ def v_at_step(path: Path, step: int) -> Tensor:
         with safe_open(file, "pt") as stored:
             return stored.get_tensor("v").flatten()
     try:
-        lines = (path / "metrics.jsonl").read_text().splitlines()
+        lines = [line for line in (path / "metrics.jsonl").read_text().split("\n") if line]
     except OSError:
         raise InputError(f"{path} holds no run") from None
     for line in lines:

@@ -12,7 +12,8 @@ def read(path: Path, lines: bool = False, needs: Set[str] = frozenset()) -> list
     """The JSON object of a file, or of each of its lines. InputError where there is none, one is torn, or lacks a key."""
     try:
         text = path.read_text()
-        found = [dict(json.loads(part)) for part in (text.splitlines() if lines else [text])]
+        parts = [line for line in text.split("\n") if line] if lines else [text]  # JSON may hold U+2028 within a line
+        found = [dict(json.loads(part)) for part in parts]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except (ValueError, TypeError) as error:

@@ -129,7 +129,8 @@ def choose(study: Study, path: Path, out: Path, processes: int) -> list[dict[str
 
 
 def _rows(c: TrainConfig) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(c.output_dir or "") / "metrics.jsonl").read_text().splitlines()]
+    text = (Path(c.output_dir or "") / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def _validation(c: TrainConfig) -> float | None:

@@ -2,13 +2,18 @@ r"""What a text answers: the number after "#### ", the last number, the content 
 
 import re
 
-_STRICT = re.compile(r"#### (-?\$?[0-9.,]+)")
+_MARKED = re.compile(r"#### (-?\$?[0-9.,]\S*)")  # up to the next blank
+_WHOLE = re.compile(r"(-?\$?(?:[0-9,]++/[0-9,]++|[0-9.,]++(?:[eE][+-]?[0-9]{1,3})?))[\W_]*")  # and no letter or digit behind it
 _NUMBER = re.compile(r"-?\$?[0-9][0-9.,]*|-?\$?\.[0-9]+")
 
 
 def extract_strict(text: str) -> str | None:
-    """The first number after "#### ", without commas, dollar sign and final full stop; None where there is none."""
-    found = _STRICT.search(text)
+    """The first number or fraction after "#### ", without commas, dollar sign and what is no letter or digit behind it.
+
+    None where there is none, and where letters or digits touch it that are no part of it: 72abc is not 72.
+    """
+    marked = _MARKED.search(text)
+    found = _WHOLE.fullmatch(marked[1]) if marked else None
     return _plain(found[1]) if found else None
 
 

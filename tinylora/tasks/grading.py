@@ -20,7 +20,7 @@ from tinylora.tasks.expressions import same_expression
 from tinylora.tasks.extraction import extract_boxed, extract_flexible, extract_strict
 from tinylora.tasks.numerals import chain, numeral, same_number, same_numeral
 
-GRADER_VERSION = 1  # verdicts are cached by it: raise it with every change that can turn one
+GRADER_VERSION = 2  # verdicts are cached by it: raise it with every change that can turn one
 LONGEST_TEXT = 100_000  # characters of a completion that are read, from its end
 LONGEST_ANSWER = 2_000  # characters of an answer; a longer one is no answer
 DEEPEST_ANSWER = 50  # brackets inside brackets; deeper is no answer

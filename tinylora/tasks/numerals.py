@@ -5,15 +5,17 @@ A number is a sign, digits or a fraction, a percent sign or a base, and a unit, 
 
 import re
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from fractions import Fraction
 
 
 def same_number(a: str | None, b: str | None) -> bool:
-    """Equal in value: 72 and 72.0 are, and nothing equals a missing number."""
+    """Equal in value: 72 and 72.0 are, 1/2 and 0.5 are, and nothing equals a missing number."""
+    if a is None or b is None:
+        return False
     try:
-        return a is not None and b is not None and Decimal(a) == Decimal(b)
-    except InvalidOperation:
+        return Fraction(a) == Fraction(b) if "/" in a + b else Decimal(a) == Decimal(b)
+    except (ValueError, ArithmeticError):  # no number; one of more than 4,300 digits; over 0
         return False
 
 
