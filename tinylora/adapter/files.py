@@ -81,6 +81,19 @@ def adapter_path(adapter: str | Path) -> Path:
     return path / "adapter" if not (path / "adapter_config.json").exists() and (path / "adapter").is_dir() else path
 
 
+def read_about(path: Path) -> dict[str, Any]:
+    """What a saved adapter of any format says of itself, unchecked; {} where there is nothing to read."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                described = json.loads((file.metadata() or {}).get("tinylora", "{}"))
+        else:
+            described = json.loads((path / "adapter_config.json").read_text())
+    except (OSError, ValueError, SafetensorError):
+        return {}
+    return described if isinstance(described, dict) else {}
+
+
 def read_adapter(path: Path, base: Base, force_base: bool = False) -> tuple[TinyLoRAConfig, Parts, Tensor]:
     """A saved adapter of any format, checked against a base. force_base: another base of the same modules is a warning, as
     another quantisation is one; the adapter is then that base's own, with its factors turned as those it was trained with."""

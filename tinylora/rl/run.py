@@ -74,7 +74,7 @@ class Run:
             "base_model_hash": self.model.base_hash,
             "versions": {"tinylora": tinylora.__version__, "torch": torch.__version__},
         }
-        self.run_directory = RunDirectory(Path(config.output_dir or config.new_directory(self.model.path)), about, resume)
+        self.run_directory = RunDirectory(Path(config.output_dir or config.new_directory()), about, resume)
         if self.run_directory.checkpoint is not None:
             self._restore(*self.run_directory.checkpoint)
 
