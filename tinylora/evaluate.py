@@ -1,7 +1,7 @@
 """python -m tinylora.evaluate: score a model, and an adapter beside it, on held-out problems."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from tinylora.errors import InputError
 from tinylora.evaluation.answers import RewardOf, answer, versions
 from tinylora.evaluation.scores import EXTRACTORS, Scored, compare, comparison_table, lengths_table
 from tinylora.files import write_text
-from tinylora.loading import load_adapter
+from tinylora.loading import load_adapter, model_of, run_of
 from tinylora.model.loader import load_model, resolve_model
 from tinylora.rl.config import ACCURACY, BUILT_IN_REWARDS, BUILTIN_PRESET, TrainConfig, preset
 from tinylora.rl.rewards import Rewards
@@ -26,8 +26,9 @@ class EvaluateConfig:
     the same problems with the paired difference; with --reward, by that. What was generated once is kept in the cache, so that
     an interrupted evaluation goes on. The last line is one JSON object."""
 
-    model: str = "builtin"
-    """Hugging Face directory, hub id or GGUF file; "builtin" and "builtin-medium" come with the package."""
+    model: str | None = None
+    """Hugging Face directory, hub id or GGUF file; "builtin" and "builtin-medium" come with the package. Default: the one
+    that --adapter was trained on, else builtin."""
     adapter: str | None = None
     """A run's output directory, or its adapter/ or best/."""
     adapter_step: int | None = None
@@ -36,7 +37,8 @@ class EvaluateConfig:
     """Take --adapter on a base with other weights than it was trained on, as another quantisation has, with a warning."""
     dataset: tuple[str, ...] = ()
     """One or several tasks: builtin, gsm8k, math, math500, aime24, amc23, minerva_math, olympiadbench, or any data with
-    columns "prompt" and "answer". Default: builtin for the built-in models, else gsm8k."""
+    columns "prompt" and "answer". Default: what the run in --adapter was trained on, with its --data; without one builtin
+    for the built-in models, else gsm8k."""
     data: str | None = None
     """Local rows: a JSONL or parquet file, a save_to_disk folder, a folder with test.jsonl or test.parquet, or a folder of
     such folders named by task."""
@@ -121,8 +123,18 @@ def main(arguments: list[str]) -> int:
     import tyro  # the commands' alone, as in `train`
 
     c = tyro.cli(EvaluateConfig, args=arguments, prog="python -m tinylora.evaluate")
-    names = c.dataset or (preset(c.model).get("dataset", TrainConfig.dataset),)
-    extractor = c.extractor or preset(c.model, dataset=names[0]).get("extractor", TrainConfig.extractor)
+    run = run_of(c.adapter).get("settings", {}) if c.adapter else {}
+    if not c.dataset and "dataset" in run:
+        under = [run["reward"]] if isinstance(run.get("reward"), str) else run.get("reward") or []
+        if not c.reward and any(spec not in BUILT_IN_REWARDS for spec in under):
+            raise InputError(
+                f"--adapter {c.adapter}: trained under an own reward; give --reward {' '.join(under)}, or --dataset"
+            )
+        c = replace(c, dataset=(run["dataset"],), data=c.data or run.get("data"))
+    c = replace(c, model=c.model or (model_of(c.adapter) if c.adapter else None) or "builtin")
+    model_name = c.model or ""
+    names = c.dataset or (preset(model_name).get("dataset", TrainConfig.dataset),)
+    extractor = c.extractor or preset(model_name, dataset=names[0]).get("extractor", TrainConfig.extractor)
     own = any(spec not in BUILT_IN_REWARDS for spec in c.reward)
     if c.data is not None and names == ("builtin",):
         raise InputError("--data is of other tasks than builtin, which the built-in models have: say --dataset, and --model")
@@ -131,10 +143,10 @@ def main(arguments: list[str]) -> int:
     if empty := [name for name, task in tasks.items() if not task.test]:
         raise InputError(f"--dataset {empty[0]}: there are no test rows")
     if c.show_prompt:
-        text = Text(resolve_model(c.model))
+        text = Text(resolve_model(model_name))
         print("\n\n".join(f"{name}:\n{text.render(task.test[0]['prompt'])}" for name, task in tasks.items()))
         return 0
-    model = load_model(c.model, c.device, c.dtype)
+    model = load_model(model_name, c.device, c.dtype)
     text = Text(model.path)
     adapter = load_adapter(c.adapter, model, force_base=c.force_base) if c.adapter else None
     if adapter is not None and c.adapter_step is not None:

@@ -14,6 +14,7 @@ from tinylora.adapter.gguf_lora import write_gguf_lora
 from tinylora.cli import run_command, table
 from tinylora.engine.directory import write_directory
 from tinylora.errors import InputError
+from tinylora.loading import model_of
 
 ENOUGH = 0.95  # of the correction; below it a merged checkpoint is another policy, and the report warns
 
@@ -27,13 +28,13 @@ class ExportConfig:
 
     adapter: str
     """A run's output directory, its adapter/, a TINYLORA directory of PEFT, or a file of --to tiny."""
-    model: str
-    """The base it was trained on: Hugging Face directory, hub id or GGUF file; "builtin" and "builtin-medium" come with the
-    package."""
     to: Literal["peft", "lora", "gguf-lora", "merged", "tiny"]
     """The form."""
     output: str
     """A new directory; for tiny a new file, NAME.safetensors, and for gguf-lora NAME.gguf."""
+    model: str | None = None
+    """The base it was trained on: Hugging Face directory, hub id or GGUF file; "builtin" and "builtin-medium" come with the
+    package. Default: the one that the run or the adapter names."""
     force_base: bool = False
     """Take --adapter on a base with other weights than it was trained on, as another quantisation has, with a warning."""
     rank: int | None = None
@@ -54,20 +55,25 @@ def export(c: ExportConfig) -> dict[str, Any]:
         raise InputError("--rank pads a LoRA: add --to lora")
     if c.dtype != "auto" and c.to != "merged":
         raise InputError("--dtype is of a merged checkpoint: add --to merged")
-    checkpoint, base, decoder = load_base(c.model)
+    model = c.model or model_of(c.adapter)
+    if model is None:
+        raise InputError(f"--adapter {c.adapter} names no model that is here: give --model, the base it was trained on")
+    checkpoint, base, decoder = load_base(model)
     config, parts, v = read_adapter(adapter_path(c.adapter), base, c.force_base)
     said: dict[str, Any] = {"to": c.to, "output": str(output), "modules": len(parts.factors), "num_parameters": v.numel()}
     if c.to == "tiny":
         payload = save_tiny(output, config, parts, v, base)
         print(f"{v.numel()} numbers, {payload} bytes; {output} has {output.stat().st_size} with its header")
         return said | {"payload_bytes": payload, "file_bytes": output.stat().st_size}
+    if decoder is not None:
+        base.name = decoder.public_name
     if c.to == "lora":
         write_lora(output, config, parts, v, base, c.rank)
     elif c.to == "gguf-lora":
         if decoder is None:
             raise InputError(f"--to gguf-lora: {base.name} is of an architecture that only transformers reads; use --to lora")
         family, head_dim = decoder.config.family, decoder.config.head_dim
-        write_gguf_lora(output, corrections(config, parts, v), family, head_dim, base.name)
+        write_gguf_lora(output, corrections(config, parts, v), family, head_dim, Path(base.name).name)
     elif c.to == "peft":
         said["tying_kept"] = peft.write(output, parts, v, base)
         if not said["tying_kept"]:

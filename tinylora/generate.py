@@ -10,7 +10,7 @@ from tinylora.engine.generate import generate
 from tinylora.engine.rollout import Sampling
 from tinylora.engine.text import Text
 from tinylora.errors import InputError
-from tinylora.loading import load_adapter
+from tinylora.loading import load_adapter, model_of
 from tinylora.model.loader import load_model
 
 
@@ -19,8 +19,9 @@ class GenerateConfig:
     """Complete prompts. Text goes to stdout as it comes for one prompt, and in order, one after another, for several; with
     --raw a prompt is taken as it stands instead of as a user's message."""
 
-    model: str = "builtin"
-    """Hugging Face directory, hub id or GGUF file; "builtin" and "builtin-medium" come with the package."""
+    model: str | None = None
+    """Hugging Face directory, hub id or GGUF file; "builtin" and "builtin-medium" come with the package. Default: the one
+    that --adapter was trained on, else builtin."""
     adapter: tuple[str, ...] = ()
     """Run directories or their adapter/; "base" is the model without one, and so is none. One is for every prompt, as many as
     prompts is one each, and several with one prompt complete it under each."""
@@ -77,7 +78,8 @@ def main(arguments: list[str]) -> int:
         prompts += [line for line in lines if line.strip()]
     if not prompts:
         raise InputError("nothing to complete: give --prompt TEXT, or --file with a prompt a line")
-    model = load_model(c.model, c.device, c.dtype)
+    trained_on = model_of(c.adapter[0]) if c.adapter and c.model is None else None
+    model = load_model(c.model or trained_on or "builtin", c.device, c.dtype)
     text = Text(model.path)
     adapters = [None if a == "base" else load_adapter(a, model, force_base=c.force_base) for a in c.adapter]
     encode = text.tokenizer.encode if c.raw else lambda p: text.prompt([{"role": "user", "content": p}])

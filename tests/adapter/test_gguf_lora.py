@@ -28,7 +28,7 @@ def trained(path: Path, **changes: Any) -> Adapter:
 def export(adapter: Adapter, path: Path) -> Path:
     config = adapter.model.config
     moves = corrections(adapter.config, adapter.parts, adapter.v)
-    write_gguf_lora(path, moves, config.family, config.head_dim, adapter.base.name)
+    write_gguf_lora(path, moves, config.family, config.head_dim, Path(adapter.base.name).name)
     return path
 
 

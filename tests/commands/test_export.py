@@ -1,6 +1,7 @@
 """python -m tinylora.export: what leaves is the same function, and the report says what rounding took."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from foreign import IDS, TARGETS, foreign_model
 from safetensors.torch import load_file, save_file
 
 import tinylora
-from tinylora import InputError, TinyLoRAConfig, export, load_adapter, load_model
+from tinylora import InputError, TinyLoRAConfig, evaluate, export, generate, load_adapter, load_model, train
 from tinylora.adapter.on_decoder import Adapter
 from tinylora.prng import normal
 
@@ -193,3 +194,110 @@ def test_an_index_that_points_out_of_its_directory_is_refused(tmp_path: Path, ca
     with pytest.raises(InputError, match="'../elsewhere.safetensors', which is no file of that directory"):
         run(tmp_path, "merged", capsys)
     assert not (tmp_path / "out").exists()
+
+
+# ---- names ------------------------------------------------------------------------------------------------------------------
+
+
+def train_flags(model: Path | str) -> list[str]:
+    """Of one step on a model, or on the built-in one."""
+    sizes = ["--prompts-per-step", "2", "--num-generations", "2", "--max-steps", "1", "--eval-size", "0"]
+    task = [] if str(model) == "builtin" else ["--dataset", "own", "--max-completion-length", "4", "--learning-rate", "0.1"]
+    return ["--model", str(model), *task, *sizes]
+
+
+def a_run(path: Path, model: Path | str, *more: str) -> Path:
+    assert train.main([*train_flags(model), "--output-dir", str(path), *more]) == 0
+    return path
+
+
+def own_rows(path: Path) -> list[str]:
+    rows = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(8)]
+    for split in ("train", "test"):
+        (path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--data", str(path)]
+
+
+@pytest.mark.parametrize("typed", ["absolute", "relative"])
+def test_the_model_is_named_as_it_was_typed(
+    typed: str, text_model: Callable[[list[str]], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AutoPeftModel follows the name, and generate and export find the model by it."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    rows = own_rows(tmp_path)
+    path = text_model(["What is 1 + 1?"])
+    monkeypatch.chdir(path.parent)
+    model = str(path) if typed == "absolute" else path.name
+    run_path = a_run(tmp_path / "run", model, *rows)
+    about = json.loads((run_path / "adapter" / "adapter_config.json").read_text())
+    assert about["base_model_name_or_path"] == model
+    assert tinylora.attach(AutoModelForCausalLM.from_pretrained(model), TinyLoRAConfig()).base.name == model
+    for to in ("peft", "lora"):
+        assert export.main(["--adapter", str(run_path), "--to", to, "--output", str(tmp_path / to)]) == 0
+        loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / to)
+        decoder = load_model(model, "cpu")
+        want = decoder.logits(IDS, load_adapter(run_path, decoder).matrices())
+        assert (logits(loaded) - want).abs().max() <= 1e-4
+    for where in (run_path, run_path / "adapter", tmp_path / "peft"):  # that of the run, and each adapter's own
+        flags = ["--adapter", str(where), "--prompt", "What is 1 + 1?", "--max-completion-length", "4"]
+        assert generate.main(flags) == 0
+    (run_path / "config.json").unlink()
+    assert generate.main(["--adapter", str(run_path), "--prompt", "x", "--max-completion-length", "4"]) == 0
+
+
+def test_a_model_of_the_hub_is_named_by_its_id(
+    text_model: Callable[[list[str]], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not by the commit that its directory in the hub's cache is named after."""
+    path = text_model(["What is 1 + 1?"])
+    snapshot = path.rename(path.with_name("0d1f5a"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*train_flags("owner/name"), *own_rows(tmp_path)]) == 0
+    [run_path] = Path("runs").iterdir()
+    assert run_path.name.startswith("name-")
+    for to in ("peft", "lora"):
+        export.main(["--adapter", str(run_path), "--to", to, "--output", to])
+        assert json.loads(Path(to, "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/name"
+    lora = a_run(tmp_path / "by-peft", "owner/name", *own_rows(tmp_path), "--method", "lora")
+    assert json.loads((lora / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/name"
+
+
+def test_a_builtin_model_has_a_directory_for_other_programs(tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    run_path = a_run(tmp_path / "run", "builtin")
+    assert json.loads((run_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "builtin"
+    export.main(["--adapter", str(run_path), "--to", "lora", "--output", str(tmp_path / "lora")])
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
+    export.main(["--adapter", str(run_path), "--to", "tiny", "--output", str(tmp_path / "t.safetensors")])
+    export.main(["--adapter", str(tmp_path / "t.safetensors"), "--to", "peft", "--output", str(tmp_path / "peft")])
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft")
+
+
+def test_evaluate_takes_model_and_task_from_the_run(
+    text_model: Callable[[list[str]], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = text_model(["What is 1 + 1?"])
+    run_path = a_run(tmp_path / "run", model, *own_rows(tmp_path))
+    capsys.readouterr()
+    more = ["--max-completion-length", "4", "--output-dir", str(tmp_path / "results")]
+    assert evaluate.main(["--adapter", str(run_path), *more]) == 0
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert results["model"] == results["settings"]["model"] == str(model) and list(results["tasks"]) == ["own"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["eval/n"] == 8
+
+
+def test_an_adapter_that_names_no_model_here_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path, "qwen2")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "c5a7f0"}))  # as older ones do
+    out = ["--to", "lora", "--output", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="names no model that is here: give --model"):
+        export.main(["--adapter", str(tmp_path / "adapter"), *out])
+    (tmp_path / "adapter").rename(tmp_path / "base" / "adapter")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"settings": {"model": "gone"}}))
+    with pytest.raises(InputError, match="--model gone: no such directory"):
+        export.main(["--adapter", str(tmp_path / "base"), *out])

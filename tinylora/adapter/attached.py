@@ -419,4 +419,4 @@ def base_of(model: nn.Module, digests: dict[str, str] | None = None) -> Base:
         raise InputError(f"{type(model).__name__} has no nn.Linear and no Conv1D")
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     digests = digests or {name: content_hash(t) for name, t in tensors.items()}
-    return Base(Path(name).name, weights, digests, frozenset(transposed), tensors)
+    return Base(name, weights, digests, frozenset(transposed), tensors)

@@ -164,6 +164,7 @@ def load_base(model: str) -> tuple[Path, Base, Decoder | None]:
     checkpoint = resolve_model(model)
     if checkpoint.is_file():  # a GGUF: in float32, where its weights are exact
         decoder = load_model(str(checkpoint), "cpu", "float32")
+        decoder.name = model
         return checkpoint, base_of_decoder(decoder), decoder
     try:
         family = json.loads((checkpoint / "config.json").read_text()).get("model_type")
@@ -171,10 +172,13 @@ def load_base(model: str) -> tuple[Path, Base, Decoder | None]:
         family = FAMILIES[0]  # our loader says what is wrong
     if family in FAMILIES:
         decoder = load_model(str(checkpoint), "cpu", ModelConfig.load(checkpoint).dtype)
+        decoder.name = model
         return checkpoint, base_of_decoder(decoder), decoder
     from transformers import AutoModelForCausalLM  # slow to import, and only other families need it
 
     try:
-        return checkpoint, base_of(AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")), None
+        base = base_of(AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto"))
     except (OSError, ValueError) as error:
         raise InputError(f"--model {checkpoint}: {error}") from None
+    base.name = model
+    return checkpoint, base, None

@@ -81,12 +81,17 @@ def adapter_path(adapter: str | Path) -> Path:
     return path / "adapter" if not (path / "adapter_config.json").exists() and (path / "adapter").is_dir() else path
 
 
-def describe_adapter(path: Path) -> dict[str, Any]:
-    """What a saved adapter of any format says of itself. InputError where it is missing or cannot be read."""
-    described = _read_files(path)[0]
-    if not isinstance(described, dict):
-        raise InputError(f"--adapter {path}: adapter_config.json holds no settings")
-    return described
+def read_about(path: Path) -> dict[str, Any]:
+    """What a saved adapter of any format says of itself, unchecked; {} where there is nothing to read."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                described = json.loads((file.metadata() or {}).get("tinylora", "{}"))
+        else:
+            described = json.loads((path / "adapter_config.json").read_text())
+    except (OSError, ValueError, SafetensorError):
+        return {}
+    return described if isinstance(described, dict) else {}
 
 
 def read_adapter(path: Path, base: Base, force_base: bool = False) -> tuple[TinyLoRAConfig, Parts, Tensor]:

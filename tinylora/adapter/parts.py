@@ -25,7 +25,7 @@ from tinylora.model.config import PROJECTIONS, module_name
 class Base:
     """A frozen model as an adapter sees it: a Decoder, or any module with linears (`attached.base_of`)."""
 
-    name: str  # of its directory or hub id
+    name: str  # its path or hub id, as it was typed
     weights: dict[str, Tensor]  # every linear weight that could be adapted, as (N, K), by module name in module order
     digests: dict[str, str]  # content hash of every parameter, by parameter name
     transposed: frozenset[str] = frozenset()  # modules that hold their weight as (K, N)

@@ -80,6 +80,7 @@ class Decoder:
     ) -> None:
         self.config, self.embedding, self.layers, self.norm, self.head = config, embedding, layers, norm, head
         self.digests, self.path = digests, path
+        self.name = str(path)  # or what the user typed for it, as `load_model` says
         self.frequencies = rope_frequencies(config).to(embedding.device)
         self.kept: Any = None  # what a rollout leaves for the next, a `slots.Kept`; None while one runs
         self.capacity: int | None = None  # keys that every attention covers, for `--exact`; None: as many as it needs
@@ -88,6 +89,11 @@ class Decoder:
     def base_hash(self) -> str:
         """Of all its tensors as stored: tells this base from others."""
         return base_hash(self.digests)
+
+    @property
+    def public_name(self) -> str:
+        """Its name for other programs, which do not know those of the built-in models."""
+        return self.name if "/" in self.name or Path(self.name).exists() else str(self.path)
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,7 @@
 """Load a Hugging Face directory of safetensors, or a GGUF, into a Decoder, fusing qkv and gate+up on the way."""
 
 import json
+import os
 import re
 import warnings
 from pathlib import Path
@@ -93,7 +94,9 @@ def load_model(path_or_id: str, device: str = "auto", dtype: str = "auto") -> De
     mixed = narrow and dispatch.backend(device) == "native"
     place = torch.device(device), torch.float32 if mixed else weights
     read = gguf.Checkpoint(file, config, *place) if file else _Checkpoint(path, *place)
-    return build_decoder(config, read, file.path if file else path, weights)
+    decoder = build_decoder(config, read, file.path if file else path, weights)
+    decoder.name = os.path.expanduser(path_or_id)
+    return decoder
 
 
 class Reader(Protocol):

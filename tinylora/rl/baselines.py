@@ -40,6 +40,7 @@ class Baseline:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 network = get_peft_model(network, LoraConfig(r=r, lora_alpha=LORA_ALPHA, target_modules=list(targets)))
+            network.peft_config["default"].base_model_name_or_path = model.public_name
         self.network = network
 
     def named_parameters(self) -> dict[str, Tensor]:

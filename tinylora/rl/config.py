@@ -269,9 +269,9 @@ class TrainConfig:
         if "format-only" in self.reward and self.dataset not in ("builtin", *KNOWN):
             raise InputError(f"--reward format-only: {self.dataset} asks for no format of answers")
 
-    def new_directory(self, model: Path) -> str:
-        """Where a run goes that names no --output-dir; `model` is the directory of its model."""
-        return f"runs/{self.model if self.model in BUILTIN_MODELS else model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    def new_directory(self) -> str:
+        """Where a run goes that names no --output-dir."""
+        return f"runs/{Path(self.model).absolute().name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
     @property
     def own_reward(self) -> bool:

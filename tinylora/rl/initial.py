@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tinylora.adapter.files import adapter_path, describe_adapter, read_adapter
+from tinylora.adapter.files import adapter_path, read_about, read_adapter
 from tinylora.adapter.on_decoder import Adapter, base_of_decoder
 from tinylora.errors import InputError
 from tinylora.model.decoder import Decoder
@@ -17,7 +17,9 @@ SHAPE = ("r", "u", "n_tie", "tie_mode", "basis")
 
 def settings_of(adapter: str) -> dict[str, Any]:
     """The settings of a run that starts from this adapter, as far as the adapter says them."""
-    described = _named(lambda: describe_adapter(adapter_path(adapter)))
+    described = read_about(adapter_path(adapter))
+    if not described:
+        raise InputError(f"--init-adapter {adapter}: no run, and no adapter's directory or file")
     found = {name: described[name] for name in (*SHAPE, "param_dtype", "projection_seed") if name in described}
     if "peft_type" in described:
         found = {name: described[name] for name in ("r", "u") if name in described}

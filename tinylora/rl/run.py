@@ -87,7 +87,7 @@ class Run:
             "reward_sources": self.rewards.sources,
             "versions": {"tinylora": tinylora.__version__, "torch": torch.__version__},
         }
-        self.run_directory = RunDirectory(Path(config.output_dir or config.new_directory(self.model.path)), about, resume)
+        self.run_directory = RunDirectory(Path(config.output_dir or config.new_directory()), about, resume)
         if self.initial_v is not None and not (self.run_directory.path / INITIAL).is_dir():
             self.policy.save(self.run_directory.path / INITIAL)
         if self.run_directory.checkpoint is not None:
