@@ -128,7 +128,7 @@ def main(arguments: list[str]) -> int:
         under = [run["reward"]] if isinstance(run.get("reward"), str) else run.get("reward") or []
         if not c.reward and any(spec not in BUILT_IN_REWARDS for spec in under):
             raise InputError(
-                f"--adapter {c.adapter}: trained under an own reward; give --reward {' '.join(under)}, or --dataset"
+                f"--adapter {c.adapter}: trained under an own reward: --reward {' '.join(under)}, or --dataset"
             )
         c = replace(c, dataset=(run["dataset"],), data=c.data or run.get("data"))
     c = replace(c, model=c.model or (model_of(c.adapter) if c.adapter else None) or "builtin")
