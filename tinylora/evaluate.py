@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinylora.cli import flag, run_command
-from tinylora.engine.text import Text, fitting_rows
+from tinylora.engine.text import Text, fitting_rows, prompting
 from tinylora.errors import InputError
 from tinylora.evaluation.answers import RewardOf, answer, versions
 from tinylora.evaluation.scores import EXTRACTORS, Scored, compare, comparison_table, lengths_table
 from tinylora.files import write_text
-from tinylora.loading import load_adapter, model_of, run_of
+from tinylora.loading import load_adapter, model_of, prompt_of, run_of
 from tinylora.model.loader import load_model, resolve_model
 from tinylora.rl.config import ACCURACY, BUILT_IN_REWARDS, BUILTIN_PRESET, TrainConfig, preset
 from tinylora.rl.rewards import Rewards
 from tinylora.rl.run_directory import v_at_step
+from tinylora.tasks.known import KNOWN
 from tinylora.tasks.prompts import PromptStyle
 from tinylora.tasks.sets import Row, load_task
 
@@ -42,8 +43,16 @@ class EvaluateConfig:
     data: str | None = None
     """Local rows: a JSONL or parquet file, a save_to_disk folder, a folder with test.jsonl or test.parquet, or a folder of
     such folders named by task."""
-    prompt_style: PromptStyle = "auto"
-    """How a question is asked: qwen-boxed, gsm8k-hash or plain. auto: plain for builtin, qwen-boxed for the others."""
+    prompt_style: PromptStyle | None = None
+    """How a question is asked: qwen-boxed, gsm8k-hash, plain, or raw, which is plain without a chat template. Default: as
+    --adapter was trained, else auto: plain for builtin,
+    qwen-boxed for the others."""
+    chat_template: str | None = None
+    """A file with a chat template. Default: as --adapter was trained, else the model's own."""
+    chat_template_kwargs: str | None = None
+    """What the chat template is given by name, as a JSON object. Default: as --adapter was trained."""
+    system_prompt: str | None = None
+    """The system message of every prompt, in the place of any other. Default: as --adapter was trained."""
     show_prompt: bool = False
     """Print the first prompt of each task as the model gets it, and stop."""
     extractor: Literal["strict", "flexible"] | None = None
@@ -127,9 +136,7 @@ def main(arguments: list[str]) -> int:
     if not c.dataset and "dataset" in run:
         under = [run["reward"]] if isinstance(run.get("reward"), str) else run.get("reward") or []
         if not c.reward and any(spec not in BUILT_IN_REWARDS for spec in under):
-            raise InputError(
-                f"--adapter {c.adapter}: trained under an own reward: --reward {' '.join(under)}, or --dataset"
-            )
+            raise InputError(f"--adapter {c.adapter}: trained under an own reward: --reward {' '.join(under)}, or --dataset")
         c = replace(c, dataset=(run["dataset"],), data=c.data or run.get("data"))
     c = replace(c, model=c.model or (model_of(c.adapter) if c.adapter else None) or "builtin")
     model_name = c.model or ""
@@ -139,15 +146,20 @@ def main(arguments: list[str]) -> int:
     if c.data is not None and names == ("builtin",):
         raise InputError("--data is of other tasks than builtin, which the built-in models have: say --dataset, and --model")
     needed = not own or ACCURACY in c.reward
-    tasks = {name: load_task(name, None if name == "builtin" else c.data, c.prompt_style, ("test",), needed) for name in names}
+    asked = prompting(c, prompt_of(c.adapter) if c.adapter else None)
+    tasks = {}
+    for name in names:  # own rows that the adapter was not trained on are put as they are, unless a style is named
+        given = c.prompt_style is not None or name in KNOWN or name == run.get("dataset") or asked.prompt_style == "raw"
+        style = asked.prompt_style if given else "auto"
+        tasks[name] = load_task(name, None if name == "builtin" else c.data, style, ("test",), needed)
     if empty := [name for name, task in tasks.items() if not task.test]:
         raise InputError(f"--dataset {empty[0]}: there are no test rows")
     if c.show_prompt:
-        text = Text(resolve_model(model_name))
+        text = Text(resolve_model(model_name), asked)
         print("\n\n".join(f"{name}:\n{text.render(task.test[0]['prompt'])}" for name, task in tasks.items()))
         return 0
     model = load_model(model_name, c.device, c.dtype)
-    text = Text(model.path)
+    text = Text(model.path, asked)
     adapter = load_adapter(c.adapter, model, force_base=c.force_base) if c.adapter else None
     if adapter is not None and c.adapter_step is not None:
         v = v_at_step(Path(c.adapter or ""), c.adapter_step)
@@ -157,6 +169,7 @@ def main(arguments: list[str]) -> int:
         "base_model_hash": model.base_hash,
         "num_parameters": adapter.num_parameters if adapter else 0,
         "settings": {k: v for k, v in vars(c).items() if k not in ("output_dir", "show_prompt")},
+        "prompt": text.prompting.said(),
         "versions": versions(),
         "tasks": {},
     }

@@ -8,16 +8,17 @@ from typing import Literal
 from tinylora.cli import run_command
 from tinylora.engine.generate import generate
 from tinylora.engine.rollout import Sampling
-from tinylora.engine.text import Text
+from tinylora.engine.text import Text, prompting
 from tinylora.errors import InputError
 from tinylora.loading import load_adapter, model_of
 from tinylora.model.loader import load_model
+from tinylora.tasks.prompts import PromptStyle, messages
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Complete prompts. Text goes to stdout as it comes for one prompt, and in order, one after another, for several; with
-    --raw a prompt is taken as it stands instead of as a user's message."""
+    """Complete prompts. Text goes to stdout as it comes for one prompt, and in order, one after another, for several. A
+    prompt is a question, asked as --adapter was trained; with --raw it is taken as it stands."""
 
     model: str | None = None
     """Hugging Face directory, hub id or GGUF file; "builtin" and "builtin-medium" come with the package. Default: the one
@@ -32,7 +33,16 @@ class GenerateConfig:
     file: str | None = None
     """A file with a prompt a line."""
     raw: bool = False
-    """Do not apply the chat template."""
+    """Take prompts as they stand, instead of as questions."""
+    prompt_style: PromptStyle | None = None
+    """How a question is asked: qwen-boxed, gsm8k-hash, plain, or raw, which is plain without a chat template. Default: as
+    --adapter was trained, else plain."""
+    chat_template: str | None = None
+    """A file with a chat template. Default: as --adapter was trained, else the model's own."""
+    chat_template_kwargs: str | None = None
+    """What the chat template is given by name, as a JSON object. Default: as --adapter was trained."""
+    system_prompt: str | None = None
+    """The system message of every prompt, in the place of any other. Default: as --adapter was trained."""
     max_completion_length: int = 512
     """Tokens after which a completion is cut off."""
     temperature: float = 0.0
@@ -65,6 +75,11 @@ class Printer:
             self.shown = whole
 
 
+def ask(text: Text, question: str) -> list[int]:
+    """The ids of a prompt with this question, in the text's style: plain where it is of no data set."""
+    return text.prompt(messages(question, text.prompting.prompt_style))
+
+
 def main(arguments: list[str]) -> int:
     import tyro  # the commands' alone, as in `train`
 
@@ -78,12 +93,16 @@ def main(arguments: list[str]) -> int:
         prompts += [line for line in lines if line.strip()]
     if not prompts:
         raise InputError("nothing to complete: give --prompt TEXT, or --file with a prompt a line")
+    asked = prompting(c)
     trained_on = model_of(c.adapter[0]) if c.adapter and c.model is None else None
+    if c.raw and (c.prompt_style or c.chat_template or c.chat_template_kwargs or c.system_prompt):
+        raise InputError("--raw takes prompts as they stand: leave --prompt-style, --system-prompt and --chat-template... away")
     model = load_model(c.model or trained_on or "builtin", c.device, c.dtype)
-    text = Text(model.path)
+    text = Text(model.path, asked)
     adapters = [None if a == "base" else load_adapter(a, model, force_base=c.force_base) for a in c.adapter]
-    encode = text.tokenizer.encode if c.raw else lambda p: text.prompt([{"role": "user", "content": p}])
-    ids = [list(encode(p)) for p in prompts]
+    texts = [text if a is None else text.asking(prompting(c, a.parts.prompt)) for a in adapters] or [text]
+    texts = texts if len(texts) == len(prompts) else texts[:1] * len(prompts)
+    ids = [list(text.tokenizer.encode(p)) if c.raw else ask(t, p) for t, p in zip(texts, prompts, strict=True)]
     sampling = Sampling(c.max_completion_length, c.temperature, c.top_p, c.top_k, c.seed, text.eos_ids)
     k, labels = c.num_return_sequences, prompts
     # seed and number of each sequence: under each of several adapters a prompt draws what it would alone

@@ -54,6 +54,11 @@ def run_of(adapter: str | Path) -> dict[str, Any]:
     return {}
 
 
+def prompt_of(adapter: str | Path) -> dict[str, Any] | None:
+    """What makes the prompts that an adapter was trained on, by itself or by its run; None where neither says."""
+    return read_about(adapter_path(adapter)).get("prompt", run_of(adapter).get("prompt"))
+
+
 def model_of(adapter: str | Path) -> str | None:
     """The model that an adapter was trained on, as it was typed: from its run's config.json, else from its own. None where
     that names none which comes with the package, is on disk or may be on the hub: older ones have the last part of a path."""

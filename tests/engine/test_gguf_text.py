@@ -163,5 +163,5 @@ def test_templates_that_fail(tmp_path: Path) -> None:
 
 def test_no_template(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", "qwen2", lambda w: w.kv_data[0].pop("tokenizer.chat_template"))
-    with pytest.raises(InputError, match="m.gguf has no chat template"):
-        Text(path)
+    with pytest.raises(InputError, match="m.gguf has no chat template: give one by --chat-template FILE, do without by"):
+        Text(path).prompt([{"role": "user", "content": "x"}])

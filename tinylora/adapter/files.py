@@ -42,6 +42,7 @@ def about(config: TinyLoRAConfig, parts: Parts, v: Tensor, base: Base) -> dict[s
         **({"base_model_quantization": quantised} if quantised else {}),
         "projection_hash": parts.projection_hash,
         "num_parameters": v.numel(),
+        **({} if parts.prompt is None else {"prompt": parts.prompt}),
     }
 
 
@@ -153,6 +154,7 @@ def _read_own(
             way = ", or --force-base to use this one all the same" if same_modules else ": not even --force-base fits it here"
             raise InputError(f"--adapter {path} was trained on {said} Give the base it was trained on{way}.")
     parts = draw_parts(config, base)
+    parts.prompt = described.get("prompt")
     if described["projection_hash"] != parts.projection_hash:
         raise InputError(f"--adapter {path}: P of seed {config.p_seed} comes out differently in this version of tinylora")
     wanted = {"v"} if path.is_file() else {"v", "sketch.A", "sketch.B"}

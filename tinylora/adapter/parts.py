@@ -66,6 +66,7 @@ class Parts:
     projections: dict[str, Tensor]  # P (u, r, r), float32
     factors: dict[str, tuple[Tensor, Tensor]]  # A (r, K) and B (N, r), float32
     peft: dict[str, Any] | None = None  # the adapter_config.json of PEFT that they came with; None: drawn from a config
+    prompt: dict[str, Any] | None = None  # what makes the prompts it was trained on, as JSON; None: nobody says
 
     @property
     def groups(self) -> int:

@@ -1,5 +1,6 @@
 """Every setting of a training run. Names are TRL's and PEFT's where the same thing exists there."""
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -85,7 +86,14 @@ class TrainConfig:
     data: str | None = None
     """Local rows for the task: a JSONL or parquet file, a folder with train and test of either, or a save_to_disk folder."""
     prompt_style: PromptStyle = "auto"
-    """How a question is asked: qwen-boxed, gsm8k-hash or plain. auto: plain for builtin, qwen-boxed for the others."""
+    """How a question is asked: qwen-boxed, gsm8k-hash, plain, or raw, which is plain without a chat template. auto: plain for
+    builtin, qwen-boxed for the others, and own rows as they are."""
+    chat_template: str | None = None
+    """A file with a chat template, in the place of the model's own."""
+    chat_template_kwargs: str | None = None
+    """What the chat template is given by name, as a JSON object: '{"enable_thinking": false}'."""
+    system_prompt: str | None = None
+    """The system message of every prompt, in the place of any other."""
     reward: tuple[str, ...] = ()
     """Your own reward functions with TRL's signature, "FILE.py:function" or "package.module:function"; "accuracy" is exact
     match of the answer, and the default. Controls: "random" is a fair coin, "format-only" pays for any answer in the format
@@ -204,6 +212,8 @@ class TrainConfig:
     """Precision of the frozen model; auto: the checkpoint's on CUDA, float32 on a CPU."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.chat_template_kwargs, dict):  # a table of a settings file
+            object.__setattr__(self, "chat_template_kwargs", json.dumps(self.chat_template_kwargs))
         self.adapter  # noqa: B018  checks r, u, tying and dtype
         if self.reward is None or isinstance(self.reward, str):  # one reward, as older runs name it
             object.__setattr__(self, "reward", () if self.reward is None else (self.reward,))

@@ -7,7 +7,7 @@ measured on one with plain library calls), with every completion as long as it m
 import math
 from pathlib import Path
 
-from tinylora.engine.text import Text
+from tinylora.engine.text import Text, prompting
 from tinylora.model.config import PROJECTIONS, ModelConfig
 from tinylora.model.loader import load_config, resolve_model
 from tinylora.rl.config import LEARNING_RATES, RELATIVE_STEP, TrainConfig
@@ -103,7 +103,7 @@ def _bytes(n: float) -> str:
 def dry_run(c: TrainConfig, recipe: str | None) -> str:
     """The plan of these settings; `recipe` is the --config file they came from."""
     model, path = config_of(c.model, recipe)
-    text = Text(path) if path is not None and (path.is_file() or (path / "tokenizer.json").exists()) else None
+    text = Text(path, prompting(c)) if path is not None and (path.is_file() or (path / "tokenizer.json").exists()) else None
     asked = None if c.data is not None else sample_row(c.dataset, c.prompt_style)  # the hub is not asked
     return plan(c, model, text, asked or first_row(c))
 
@@ -111,7 +111,8 @@ def dry_run(c: TrainConfig, recipe: str | None) -> str:
 def first_prompt(c: TrainConfig) -> str:
     """The first training prompt as the model gets it."""
     row = first_row(c)
-    return Text(resolve_model(c.model, weights=False)).render(row["prompt"]) if row else "there are no training rows"
+    text = Text(resolve_model(c.model, weights=False), prompting(c))
+    return text.render(row["prompt"]) if row else "there are no training rows"
 
 
 def first_row(c: TrainConfig) -> Row | None:

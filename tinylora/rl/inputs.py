@@ -1,9 +1,9 @@
 """The base and the task of a run: loaded once for all runs on them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tinylora.engine.text import Text, fitting_rows
+from tinylora.engine.text import Text, fitting_rows, prompting, stored_prompting
 from tinylora.errors import InputError
 from tinylora.hashes import digest
 from tinylora.model.decoder import Decoder
@@ -28,11 +28,12 @@ class Inputs:
     hashes: dict[str, Any]  # of what a run knows of its data, by what is told where it has changed
 
 
-def load_inputs(config: TrainConfig) -> Inputs:
-    """The model and the task's rows; says which rows are not used."""
+def load_inputs(config: TrainConfig, stored: dict[str, Any] | None = None) -> Inputs:
+    """The model and the task's rows; says which rows are not used. `stored`: what makes the prompts of a run that goes on."""
+    asked = prompting(config) if stored is None else stored_prompting(stored)
     model = load_model(config.model, config.device, config.dtype)
-    text, most = Text(model.path), config.max_completion_length
     task = load_task(config.dataset, config.data, config.prompt_style, needs_answers=config.needs_answers)
+    text, most = Text(model.path, replace(asked, prompt_style=task.style)), config.max_completion_length
     for note in task.notes:
         print(note)
     if not task.train:

@@ -25,7 +25,7 @@ from tinylora.rl.inputs import Inputs
 from tinylora.rl.memory import plan_memory
 from tinylora.rl.policy import Policy, adapter_of, baseline_of, new_policy
 from tinylora.rl.rewards import Rewards
-from tinylora.rl.run_directory import V_IN_METRICS, Metrics, RunDirectory, is_step
+from tinylora.rl.run_directory import V_IN_METRICS, Metrics, RunDirectory, is_step, stored_prompt
 
 INITIAL = "init"  # the adapter that a run started from, in its directory
 ORDER_STREAM = 0x0D3  # names the stream of the prompts' order
@@ -69,6 +69,9 @@ class Run:
             path = kept if resume and kept.is_dir() else adapter_path(config.init_adapter)
             self.policy = initial_adapter(self.model, config, path)
             self.initial_v = self.policy.v.detach().clone()
+        prompt = self.text.prompting.said()
+        if not baseline_of(self.policy):
+            adapter_of(self.policy).parts.prompt = prompt
         longest, sequences = max(map(len, inputs.prompts)), config.prompts_per_step * config.num_generations
         if config.exact and self.model.capacity is None:
             fix_capacity(self.policy, inputs.prompts, self.sampling())
@@ -85,6 +88,7 @@ class Run:
             "base_model_hash": self.model.base_hash,
             "data": inputs.hashes,
             "reward_sources": self.rewards.sources,
+            "prompt": prompt,
             "versions": {"tinylora": tinylora.__version__, "torch": torch.__version__},
         }
         self.run_directory = RunDirectory(Path(config.output_dir or config.new_directory()), about, resume)
@@ -92,6 +96,11 @@ class Run:
             self.policy.save(self.run_directory.path / INITIAL)
         if self.run_directory.checkpoint is not None:
             self._restore(*self.run_directory.checkpoint)
+
+    @staticmethod
+    def stored_prompt(output_dir: str | None) -> Metrics | None:
+        """What makes the prompts of the run that is there; None where none says so."""
+        return stored_prompt(Path(output_dir)) if output_dir else None
 
     # ---- where it is ----------------------------------------------------------------------------------------------------
 

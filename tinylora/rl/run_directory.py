@@ -85,6 +85,8 @@ class RunDirectory:
                 f"--resume: the learning rate of {self.path} falls over {was} steps ({new['lr_scheduler_type']}); with {steps} "
                 f"its steps would have been others. To go on from its adapter: --init-adapter {self.path}"
             )
+        if stored.get("prompt", about.get("prompt")) != about.get("prompt"):
+            raise InputError(f"--resume: {self.path} began with other prompts, as those of another day: resume it by itself")
         if stored["base_model_hash"] != about["base_model_hash"]:
             raise InputError(f"--resume: the weights of {new['model']} are not those the run in {self.path} began with")
         if differs := _differences(stored, about, "data"):
@@ -142,6 +144,11 @@ class RunDirectory:
 
     def save_evaluation(self, step: int, scores: Metrics) -> None:
         write_text(self.path / "evaluations" / f"step-{step:06d}.json", json.dumps(scores) + "\n")
+
+
+def stored_prompt(path: Path) -> Metrics | None:
+    """What makes the prompts of the run in `path`; None where there is no run, or an older one, which does not say."""
+    return (_read_json(path / "config.json") or {}).get("prompt")
 
 
 def v_at_step(path: Path, step: int) -> Tensor:

@@ -30,9 +30,13 @@ STEPS = {"grpo": grpo_step, "sft": sft_step, "es": es_step}
 class Trainer(Run):
     """A run that loads itself, and goes to its end."""
 
-    def __init__(self, config: TrainConfig, like: Run | None = None, resume: bool = False) -> None:
-        """`like`: a run on the same base and task, which are not loaded again. `resume`: the run in output_dir goes on."""
-        super().__init__(config, load_inputs(config) if like is None else like.inputs, resume)
+    def __init__(
+        self, config: TrainConfig, like: Run | None = None, resume: bool = False, stored: dict[str, Any] | None = None
+    ) -> None:
+        """`like`: a run on the same base and task, which are not loaded again. `resume`: the run in output_dir goes on.
+        `stored`: what makes its prompts, where it begins beside runs that go on."""
+        stored = self.stored_prompt(config.output_dir) if resume and stored is None else stored
+        super().__init__(config, load_inputs(config, stored) if like is None else like.inputs, resume)
         self.alarms = Alarms(row for row in self.run_directory.rows if is_step(row))
 
     # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -183,7 +187,8 @@ def train_population(configs: Sequence[TrainConfig], resume: Container[str | Non
         return []
     require_alike(configs)
     first = configs[0]
-    trainers = [Trainer(first, resume=first.output_dir in resume)]
+    begun = (Run.stored_prompt(c.output_dir) for c in configs if c.output_dir in resume)
+    trainers = [Trainer(first, None, first.output_dir in resume, next((p for p in begun if p is not None), None))]
     trainers += [Trainer(c, trainers[0], c.output_dir in resume) for c in configs[1:]]
     train_together(trainers)
     return [t.run_directory.path for t in trainers]

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from tinylora.engine.text import Text, fitting_rows
+from tinylora.engine.text import Text, fitting_rows, stored_prompting
 from tinylora.errors import InputError
 from tinylora.evaluation.answers import answer
-from tinylora.loading import load_adapter
+from tinylora.loading import load_adapter, run_of
 from tinylora.model.loader import load_model
 from tinylora.tasks.bases import BUILTIN_MODELS
 from tinylora.tasks.sets import load_task
@@ -24,8 +24,9 @@ def greedy_answers(path: Path, settings: dict[str, Any]) -> list[tuple[str, str,
     if method == "lora":
         raise InputError("the engine does not load PEFT's LoRA adapters")
     model = load_model(base, settings["device"], settings["dtype"])
-    text, length = Text(model.path), settings["max_completion_length"]
-    task = load_task(data, settings["data"], settings["prompt_style"], ("test",))
+    asked = stored_prompting(run_of(path).get("prompt") or {"prompt_style": settings["prompt_style"]})
+    text, length = Text(model.path, asked), settings["max_completion_length"]
+    task = load_task(data, settings["data"], asked.prompt_style, ("test",))
     rows, _ = fitting_rows(task.test[:PROBLEMS], text, model.config.max_positions, length)
     if not rows or not task.has_answers:
         raise InputError("the task has no test rows with answers")

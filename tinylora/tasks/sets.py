@@ -11,6 +11,7 @@ from typing import Any
 
 from tinylora.errors import InputError
 from tinylora.tasks import builtin as problems
+from tinylora.tasks.contents import plain, unreadable
 from tinylora.tasks.grader import Grader, GraderPool, gold_answers
 from tinylora.tasks.known import BOTH, KNOWN, Known, Raw, Unusable, gsm8k, own_golds
 from tinylora.tasks.prompts import FORMATS, messages
@@ -29,6 +30,7 @@ class Task:
     test: list[Row]
     answer_format: str = "boxed"  # "hash" or "boxed": what strict extraction asks for
     notes: list[str] = field(default_factory=list)  # what was left out of the rows, and why
+    style: str = "auto"  # the prompt style of its questions; of other data sets, whose rows are messages, as it was asked for
 
     @property
     def known(self) -> bool:
@@ -63,17 +65,17 @@ def load_task(
         made = {s: problems.rows(s, n) for s, n in (("train", BUILTIN_TRAIN), ("test", BUILTIN_TEST))}
         known = Known("", None, BOTH, gsm8k, "plain")
         train, test = (_known_rows(made[s], known, "plain", f"builtin {s}", []) for s in BOTH)
-        return Task(name, train, test, "hash")
+        return Task(name, train, test, "hash", style="raw" if style == "raw" else "plain")
     entry = KNOWN.get(name)
     if entry is None and data is None and name.count("/") != 1:
         raise InputError(f"--dataset {name}: choose builtin, {', '.join(KNOWN)}, a hub id like owner/name, or give --data")
     raw = local(Path(data).expanduser(), name, splits) if data is not None else hub(name, entry, splits)
-    task = Task(name, [], [])
+    task = Task(name, [], [], style=style)
     if entry is None:
         task.answer_format = FORMATS.get(style, task.answer_format)
         task.train, task.test = (_other_rows(raw[s], style, f"{name} {s}", needs_answers, task.notes) for s in BOTH)
         return task
-    style = entry.style if style == "auto" else style
+    style = task.style = entry.style if style == "auto" else style
     task.answer_format = FORMATS.get(style) or FORMATS[entry.style]
     task.train, task.test = (_known_rows(raw[s], entry, style, f"{name} {s}", task.notes) for s in BOTH)
     return task
@@ -92,19 +94,21 @@ def _known_rows(raw: list[Raw], known: Known, style: str, source: str, notes: li
 
 def _other_rows(raw: list[Raw], style: str, source: str, needs_answers: bool, notes: list[str]) -> list[Row]:
     def use(row: Raw) -> Row:
-        prompt = row.get("prompt")
+        prompt: Any = row.get("prompt")
         if isinstance(prompt, str) and prompt.strip():
             prompt = messages(prompt, style)
-        elif style not in ("auto", "plain") and isinstance(prompt, list) and prompt:
+        elif style not in ("auto", "plain", "raw") and isinstance(prompt, list) and prompt:
             raise InputError(f"--prompt-style {style}: {source} has prompts that are conversations already; leave it out")
         good = (
             isinstance(prompt, list) and prompt and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
         )
         if not good:
             raise Unusable(f"no column 'prompt' with text or messages (it has {', '.join(sorted(row))})")
+        if why := unreadable(prompt):
+            raise Unusable(why)
         if needs_answers and not own_golds(row):
             raise Unusable("no gold answer")
-        return {**row, "prompt": prompt}
+        return {**row, "prompt": plain(prompt)}
 
     return _usable(raw, use, source, notes)
 
