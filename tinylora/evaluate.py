@@ -16,9 +16,8 @@ from tinylora.model.loader import load_model, resolve_model
 from tinylora.rl.config import ACCURACY, BUILT_IN_REWARDS, BUILTIN_PRESET, TrainConfig, preset
 from tinylora.rl.rewards import Rewards
 from tinylora.rl.run_directory import v_at_step
-from tinylora.tasks.known import KNOWN
 from tinylora.tasks.prompts import PromptStyle
-from tinylora.tasks.sets import Row, load_task
+from tinylora.tasks.sets import Row, is_known, load_task
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _rewards(c: EvaluateConfig, rows: list[Row], text: Text, extractor: str) -> 
         return None
     rewards = Rewards(c.reward, c.reward_weights, extractor, c.seed)
     rewards.take_columns(rows)
-    return lambda asked, *given: rewards.evaluated(asked, [text.render(row["prompt"]) for row in asked], *given)
+    return rewards.scorer(text.render)
 
 
 def main(arguments: list[str]) -> int:
@@ -149,7 +148,7 @@ def main(arguments: list[str]) -> int:
     asked = prompting(c, prompt_of(c.adapter) if c.adapter else None)
     tasks = {}
     for name in names:  # own rows that the adapter was not trained on are put as they are, unless a style is named
-        given = c.prompt_style is not None or name in KNOWN or name == run.get("dataset") or asked.prompt_style == "raw"
+        given = c.prompt_style is not None or is_known(name) or name == run.get("dataset") or asked.prompt_style == "raw"
         style = asked.prompt_style if given else "auto"
         tasks[name] = load_task(name, None if name == "builtin" else c.data, style, ("test",), needed)
     if empty := [name for name, task in tasks.items() if not task.test]:

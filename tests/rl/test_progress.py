@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from tinylora.rl.progress import Alarms, progress_line
+from tinylora.rl.alarms import Alarms
+from tinylora.rl.progress import progress_line
 
 
 def row(step: int, reward: float | None = 0.5, length: float = 100.0, cut: float = 0.0) -> dict[str, Any]:

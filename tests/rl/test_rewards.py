@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tinylora.errors import InputError
-from tinylora.rl.rewards import call_reward, load_reward
+from tinylora.rl.reward_functions import call_reward, load_reward
 from tinylora.tasks.extraction import extract_flexible, extract_strict
 from tinylora.tasks.grading import grade
 from tinylora.tasks.numerals import same_number

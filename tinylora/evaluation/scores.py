@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinylora.cli import table
+from tinylora.evaluation.gains import mean_of, reward_gain, reward_metrics, shown_gain, variance
 from tinylora.evaluation.statistics import (
     bootstrap,
     mcnemar,
@@ -59,29 +60,6 @@ def _share(verdicts: Sequence[bool]) -> float:
     return sum(verdicts) / len(verdicts)
 
 
-def reward_metrics(
-    sampled: dict[str, list[float | None]], greedy: dict[str, list[float | None]]
-) -> dict[str, float | int | None]:
-    """eval/reward and its standard error, of the greedy answers, and of each function; None where nothing was scored."""
-    found = {"eval/reward": mean_of(sampled.get("reward", [])), "eval/reward_greedy": mean_of(greedy["reward"])}
-    scored = [x for x in sampled.get("reward", []) if x is not None]
-    found["eval/reward_stderr"] = (_variance(scored) / len(scored)) ** 0.5 if scored else None
-    parts = {name: mean_of(values) for name, values in (sampled or greedy).items() if name != "reward"}
-    return {**found, **{f"eval/rewards/{name}/mean": mean for name, mean in parts.items()}}
-
-
-def mean_of(values: Sequence[float | None]) -> float | None:
-    """Of those that are scored."""
-    scored = [x for x in values if x is not None]
-    return sum(scored) / len(scored) if scored else None
-
-
-def reward_gain(before: Sequence[float | None], after: Sequence[float | None]) -> tuple[float, float, float] | None:
-    """after minus before on the problems that both have a reward for: mean and 95 % interval by bootstrap over problems."""
-    changes = [a - b for b, a in zip(before, after, strict=True) if a is not None and b is not None]
-    return (sum(changes) / len(changes), *bootstrap(changes)) if changes else None
-
-
 def summary(
     before: Scores, after: Scores, answer_format: str, temperature: float = 1.0, names: tuple[str, str] = ("base", "trained")
 ) -> str:
@@ -104,11 +82,6 @@ def summary(
             cells = [f"{_share(old[name]):.1%}", f"{_share(new[name]):.1%}"]
             rows.append([label, *cells, f"{gain:+.1%} [{low:+.1%}, {high:+.1%}]"])
     return table([f"{before.n} held-out problems", *names, "paired gain [95 %]"], rows)
-
-
-def shown_gain(gain: tuple[float, float, float] | None) -> str:
-    """Of a reward."""
-    return "none" if gain is None else f"{gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]"
 
 
 # ---- of an evaluation: several answers a problem, and what they say -------------------------------------------------------
@@ -162,18 +135,13 @@ class Scored:
                 "eval/accuracy_strict": mean["strict"],
                 "eval/accuracy_flexible": mean["flexible"],
                 "eval/accuracy_greedy": sum(self.greedy_right(extractor)) / n,
-                "eval/stderr": standard_error([s == 1 for s in shares]) if k == 1 else _variance(shares) ** 0.5 / n**0.5,
+                "eval/stderr": standard_error([s == 1 for s in shares]) if k == 1 else variance(shares) ** 0.5 / n**0.5,
             }
         elif self.greedy_verdicts:
             found["eval/accuracy_greedy"] = sum(self.greedy_right(extractor)) / n
         if self.rewards:
             found |= reward_metrics(self.mean_rewards("sampled"), self.mean_rewards("greedy"))
         return found | {"eval/n": n}
-
-
-def _variance(values: Sequence[float]) -> float:
-    mean = sum(values) / len(values)
-    return sum((v - mean) ** 2 for v in values) / len(values)
 
 
 # ---- scores and differences ---------------------------------------------------------------------------------------------
@@ -196,7 +164,7 @@ def difference(before: Sequence[int], after: Sequence[int], k: int) -> dict[str,
         found["mcnemar_p"] = mcnemar(old, new)
     else:
         found["low"], found["high"] = bootstrap(changes)
-    found["smallest_visible"] = smallest_difference(len(changes), _variance(changes))
+    found["smallest_visible"] = smallest_difference(len(changes), variance(changes))
     return found
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 from tinylora.engine.text import Text, fitting_rows, prompting, stored_prompting
 from tinylora.errors import InputError
-from tinylora.hashes import digest
 from tinylora.model.decoder import Decoder
 from tinylora.model.loader import load_model
 from tinylora.rl.config import TrainConfig
+from tinylora.rl.data_hashes import hashes_of
 from tinylora.rl.solutions import solution
 from tinylora.tasks.grader import Grader
 from tinylora.tasks.sets import Row, load_task
@@ -58,20 +58,6 @@ def load_inputs(config: TrainConfig, stored: dict[str, Any] | None = None) -> In
         if dropped := len(train) - len(solved):
             print(f"{dropped} solutions are longer than --max-completion-length {most} and are not used")
         train = solved
-    rows = [*train, *test, *validation]
-    hashes: dict[str, Any] = {
-        "rows": [len(train), len(test), len(validation)],
-        "prompts": digest([row["prompt"] for row in rows]),
-        "prompts' token ids": digest(prompts),
-        "answers": digest([row.get("answer") for row in rows if _plain(row.get("answer"))]),
-    }
-    if config.own_reward or config.algorithm == "sft":  # which read the other columns
-        hashes["columns"] = digest([{k: v for k, v in row.items() if k != "prompt" and _plain(v)} for row in rows])
+    read = config.own_reward or config.algorithm == "sft"  # these read the other columns
+    hashes = hashes_of({"train": train, "test": test, "validation": validation}, prompts, read)
     return Inputs(model, text, grader, train, test, validation, prompts, hashes)
-
-
-def _plain(value: Any) -> bool:
-    """Whether JSON holds it."""
-    if isinstance(value, dict):
-        return all(isinstance(k, str) and _plain(v) for k, v in value.items())
-    return all(map(_plain, value)) if isinstance(value, list | tuple) else isinstance(value, str | int | float | None)

@@ -14,10 +14,8 @@ from torch import Tensor
 
 import tinylora
 from tinylora import prng
-from tinylora.adapter.files import adapter_path
 from tinylora.engine.rollout import Sampling
 from tinylora.errors import InputError
-from tinylora.model.decoder import Matrices
 from tinylora.rl.config import LEARNING_RATES, RELATIVE_STEP, TrainConfig
 from tinylora.rl.consistency import fix_capacity
 from tinylora.rl.initial import initial_adapter
@@ -66,8 +64,7 @@ class Run:
             self.policy: Policy = new_policy(self.model, config)
         else:
             kept = Path(config.output_dir or "") / INITIAL  # what the run began with; the original may be gone by now
-            path = kept if resume and kept.is_dir() else adapter_path(config.init_adapter)
-            self.policy = initial_adapter(self.model, config, path)
+            self.policy = initial_adapter(self.model, config, kept if resume and kept.is_dir() else Path(config.init_adapter))
             self.initial_v = self.policy.v.detach().clone()
         prompt = self.text.prompting.said()
         if not baseline_of(self.policy):
@@ -113,6 +110,10 @@ class Run:
         """Whether --dead-steps says to stop."""
         return 0 < self.config.dead_steps <= self.steps_since_gradient()
 
+    def steps(self) -> list[Metrics]:
+        """The metrics rows of its steps."""
+        return [r for r in self.run_directory.rows if is_step(r)]
+
     @property
     def last_step(self) -> Metrics:
         return next(r for r in reversed(self.run_directory.rows) if is_step(r))
@@ -132,7 +133,7 @@ class Run:
         order = prng.permutation(len(self.train_rows), ORDER_STREAM, self.config.seed, epoch)
         return order[place * self.config.prompts_per_step : (place + 1) * self.config.prompts_per_step]
 
-    def matrices_before(self) -> Matrices | None:
+    def matrices_before(self) -> list[Tensor | None] | None:
         """Of the adapter that the run started from; None: it started from the base."""
         return None if self.initial_v is None else adapter_of(self.policy).matrices(self.initial_v)
 

@@ -16,13 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tinylora.engine.rollout import Completion, rollout
-from tinylora.model.decoder import Matrices
 from tinylora.rl.advantages import Advantages, compute_advantages
 from tinylora.rl.completions import sample_line, write_completions
-from tinylora.rl.config import ACCURACY
 from tinylora.rl.rewards import Completed, Rewarded
 from tinylora.rl.run import Run
-from tinylora.tasks.grading import Verdict
+
+Matrices = list[Tensor | None]  # M (adapters, segments, r, r) of each fused linear
 
 
 @dataclass
@@ -35,7 +34,7 @@ class Share:
     prompts: list[list[int]]
     completions: list[Completion] = field(default_factory=list)
     answers: dict[int, str] = field(default_factory=dict)  # by completion
-    verdicts: dict[int, "Future[Verdict]"] = field(default_factory=dict)
+    verdicts: dict[int, "Future[Any]"] = field(default_factory=dict)
     scored: Rewarded = field(default_factory=lambda: Rewarded(torch.zeros(0, 0), torch.zeros(0)))
     extra: dict[str, float] = field(default_factory=dict)  # metrics of the rewards
 
@@ -48,8 +47,9 @@ class Share:
         self.answers[i] = self.run.text.decode(completion.tokens)
         grader, c = self.run.grader, self.run.config
         row = self.rows[i // c.num_generations]
-        asked = grader is not None and (not c.own_reward or ACCURACY in c.reward or grader.pool is None)
-        if asked and grader is not None and grader.golds(row):
+        if grader is None or not grader.golds(row):
+            return
+        if not c.own_reward or self.run.rewards.graded or grader.pool is None:
             self.verdicts[i] = grader.submit(self.answers[i], row)
 
     @property

@@ -14,15 +14,14 @@ from tqdm import tqdm
 
 from tinylora.evaluation.answers import evaluate
 from tinylora.evaluation.scores import Scores, summary
+from tinylora.rl.alarms import Alarms
 from tinylora.rl.config import TrainConfig, require_alike
 from tinylora.rl.es import es_step
 from tinylora.rl.grpo import grpo_step
 from tinylora.rl.inputs import load_inputs
-from tinylora.rl.progress import Alarms, progress_line
+from tinylora.rl.progress import progress_line
 from tinylora.rl.run import Run
-from tinylora.rl.run_directory import is_step
 from tinylora.rl.sft import sft_step
-from tinylora.tasks.grading import Verdict
 
 STEPS = {"grpo": grpo_step, "sft": sft_step, "es": es_step}
 
@@ -37,7 +36,7 @@ class Trainer(Run):
         `stored`: what makes its prompts, where it begins beside runs that go on."""
         stored = self.stored_prompt(config.output_dir) if resume and stored is None else stored
         super().__init__(config, load_inputs(config, stored) if like is None else like.inputs, resume)
-        self.alarms = Alarms(row for row in self.run_directory.rows if is_step(row))
+        self.alarms = Alarms(self.steps())
 
     # ---- the loop -------------------------------------------------------------------------------------------------------
 
@@ -82,19 +81,8 @@ class Trainer(Run):
         # On a GPU in the room that training has, where its graphs are; on a CPU in as much as pays.
         cache = self.plan.cache if self.model.device.type == "cuda" else None
         length = c.max_completion_length
-        reward = self._reward if c.own_reward else None
+        reward = self.rewards.scorer(self.text.render, self.step) if c.own_reward else None
         return evaluate(self.model, matrices, self.text, rows, self.grader, c.extractor, length, c.seed, cache, reward)
-
-    def _reward(
-        self,
-        rows: Sequence[dict[str, Any]],
-        texts: Sequence[str],
-        ids: Sequence[list[int]],
-        verdicts: Sequence[Verdict | None],
-    ) -> dict[str, list[float | None]]:
-        """The own reward of answers to held-out rows."""
-        rendered = [self.text.render(row["prompt"]) for row in rows]
-        return self.rewards.evaluated(rows, rendered, texts, ids, verdicts, self.step)
 
     def _evaluate_if_due(self) -> None:
         step, last = self.step, self.step in (0, self.max_steps) or self.dead

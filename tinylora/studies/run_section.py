@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinylora.errors import InputError
-from tinylora.evaluation.scores import mean_of, reward_gain, shown_gain
+from tinylora.evaluation.gains import mean_of, reward_gain, shown_gain
 from tinylora.evaluation.statistics import paired_difference, wilson
 from tinylora.studies.page import html_figures, html_table
 from tinylora.studies.stored import read

@@ -35,7 +35,7 @@ class Task:
     @property
     def known(self) -> bool:
         """Whether its answers are the engine's to read, whatever pays for them."""
-        return self.name == "builtin" or self.name in KNOWN
+        return is_known(self.name)
 
     @property
     def has_answers(self) -> bool:
@@ -46,6 +46,11 @@ class Task:
         """Of this task's answers; close it. The built-in task's are plain numbers, and need no process of their own."""
         pool = None if self.name == "builtin" else GraderPool()
         return Grader(self.answer_format, pool, gold_answers if self.known else own_golds)
+
+
+def is_known(name: str) -> bool:
+    """Whether this project knows how the set's rows are read."""
+    return name == "builtin" or name in KNOWN
 
 
 def load_task(
