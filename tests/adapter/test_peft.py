@@ -264,7 +264,7 @@ def test_a_decoder_is_untouched_too(tmp_path: Path) -> None:
     foreign_model("qwen2", seed=1).save_pretrained(tmp_path / "base")
     decoder = load_model(str(tmp_path / "base"), "cpu")
     before = decoder.logits(IDS)
-    with pytest.raises(InputError, match="not those of base"):
+    with pytest.raises(InputError, match="not those of .*base"):
         load_adapter(DATA / "qwen2", decoder)
     assert all(g.A is None for layer in decoder.layers for g in layer.groups) and torch.equal(decoder.logits(IDS), before)
     assert base_of_decoder(decoder).weights.keys() == base_of(foreign_model("qwen2")).weights.keys() - {"lm_head"}

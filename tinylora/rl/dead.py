@@ -1,5 +1,8 @@
 """A first step of which nothing can be learned, explained: its rewards, what was cut off, what would have been right."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from tinylora.rl.step import Share
 
 SHOWN = 400  # characters of the sample, from each end
@@ -18,7 +21,7 @@ def explain_dead(s: Share) -> str:
             f"{cut} of {count} completions were cut off at {c.max_completion_length} tokens: raise --max-completion-length"
         )
     if not c.reward:
-        lines += _readings(s, cut > count / 2)
+        lines += _readings([future.result() for future in s.verdicts.values()], c.extractor, cut > count / 2)
     answer = s.rows[0].get("answer")
     lines.append("a sample" + ("" if answer is None else f", to a problem whose answer is {answer}") + ":")
     text = s.answers[0]
@@ -26,9 +29,8 @@ def explain_dead(s: Share) -> str:
     return "\n  ".join([*lines, *(f"| {line}" for line in shown.splitlines() or ["(nothing)"])])
 
 
-def _readings(s: Share, cut: bool) -> list[str]:
+def _readings(verdicts: Sequence[Any], extractor: str, cut: bool) -> list[str]:
     """What the other way to read answers would have found, and what else helps where most completions were not `cut` off."""
-    extractor, verdicts = s.run.config.extractor, [future.result() for future in s.verdicts.values()]
     other = "flexible" if extractor == "strict" else "strict"
     count, right = len(verdicts), sum(v.right[extractor] for v in verdicts)
     found, read = sum(v.right[other] for v in verdicts), sum(v.answers[extractor] is not None for v in verdicts)

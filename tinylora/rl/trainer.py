@@ -101,12 +101,12 @@ class Trainer(Run):
         began = time.perf_counter()
         metrics = self._scores(self.inputs.validation_rows, self.step).metrics()
         row = {"step": self.step, **{name.replace("eval/", "validation/"): value for name, value in metrics.items()}}
-        row["eval_time"] = time.perf_counter() - began
+        spent = time.perf_counter() - began
         score = row[self._validation]
         if before and score is not None and score > max((x for x in before.values() if x is not None), default=-math.inf):
             self.policy.save(self.run_directory.path / "best")
             self.run_directory.save_best(row)
-        self.run_directory.append(row)
+        self.run_directory.append({**row, "eval_time": spent})
 
     def best_step(self) -> int | None:
         """The step whose adapter is in best/; None where none beat the base, or none was looked for."""
