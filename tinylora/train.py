@@ -7,6 +7,7 @@ from typing import Any
 
 from tinylora.cli import flag, read_settings, run_command, split_flag
 from tinylora.errors import InputError
+from tinylora.loading import model_of
 from tinylora.rl.config import TrainConfig, preset, stored_settings
 from tinylora.rl.dry_run import dry_run, first_prompt
 from tinylora.rl.initial import settings_of
@@ -53,9 +54,11 @@ def parse(arguments: list[str]) -> TrainCommand:
         settings = {**_stored_settings(Path(output_dir)), **settings}
     else:
         said = {n: split_flag(arguments, f"--{n}")[0] or settings.get(n) for n in ("model", "method", "algorithm", "dataset")}
+        initial = split_flag(arguments, "--init-adapter")[0] or settings.get("init_adapter")
+        if initial and not said["model"]:
+            said["model"] = model_of(initial)
         usual = preset(**{name: value for name, value in said.items() if value})
-        if initial := split_flag(arguments, "--init-adapter")[0] or settings.get("init_adapter"):
-            usual |= settings_of(initial)
+        usual |= settings_of(initial) if initial else {}
         settings = {**usual, **settings}
     if epochs:
         settings["max_steps"] = -1

@@ -116,6 +116,22 @@ def test_template_arguments_from_a_settings_file(tmp_path: Path, own: list[str])
     assert "<think></think>" in first_prompt(tmp_path / "run")
 
 
+def test_a_run_that_goes_on_from_an_adapter_is_on_its_model(tmp_path: Path, own: list[str]) -> None:
+    run(train, *own, "--output-dir", str(tmp_path / "run"), *SMALL, "--eval-size", "0")
+    run(
+        train,
+        "--init-adapter",
+        str(tmp_path / "run"),
+        *own[2:],
+        "--output-dir",
+        str(tmp_path / "more"),
+        *SMALL,
+        "--eval-size",
+        "0",
+    )
+    assert json.loads((tmp_path / "more" / "config.json").read_text())["settings"]["model"] == own[1]
+
+
 def test_an_adapter_of_older_versions_is_asked_as_before(tmp_path: Path, own: list[str]) -> None:
     run(train, *own, "--output-dir", str(tmp_path / "run"), *SMALL, "--eval-size", "0")
     for name in ("config.json", "adapter/adapter_config.json"):
