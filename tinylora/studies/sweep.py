@@ -35,7 +35,7 @@ from tinylora.errors import InputError
 from tinylora.files import write_text
 from tinylora.rl.config import TrainConfig
 from tinylora.rl.run_directory import changed_settings, is_step
-from tinylora.studies.results import shown
+from tinylora.studies.results import measure_of, shown
 from tinylora.studies.study import Arm, Study, combinations, config, read_study
 
 CHOICE_SEED = 1000  # of the runs that choose settings: away from those that are reported
@@ -164,7 +164,7 @@ def result(arm: Arm, c: TrainConfig, x: str | None, out: Path, measure: str) -> 
         "num_parameters": count,
         "bytes": size,
         "n": scores[-1]["eval/n"],
-        "measure": measure,
+        **({} if measure == "accuracy" else {"measure": measure}),  # of which older results say nothing
         "base": base,
         "trained": trained,
         "validation": _validation(c),
@@ -176,14 +176,15 @@ def result(arm: Arm, c: TrainConfig, x: str | None, out: Path, measure: str) -> 
 def summarize(results: Sequence[dict[str, Any]]) -> str:
     """A line an arm: means over seeds, and the worst and best of them."""
     cells = []
-    reward = ", reward" if results[0]["measure"] == "reward" else ""
+    measure = measure_of(results)
+    reward = ", reward" if measure == "reward" else ""
     kinds = [f"sampled{reward}", f"greedy{reward}"]
     for arm in dict.fromkeys(r["arm"] for r in results):
         own = [r for r in results if r["arm"] == arm]
         line = [arm, f"{own[0]['num_parameters']:,}", str(len(own))]
         for kind in ("sampled", "greedy"):
             values = [r["trained"][kind] for r in own]
-            cells_ = [shown(x, own[0]["measure"]) for x in (sum(values) / len(values), min(values), max(values))]
+            cells_ = [shown(x, measure) for x in (sum(values) / len(values), min(values), max(values))]
             line.append("{} ({}..{})".format(*cells_))
         cells.append(line)
     return table([f"n = {results[0]['n']} problems", "numbers", "seeds", *(f"{kind} (worst..best)" for kind in kinds)], cells)
