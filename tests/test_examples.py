@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -57,3 +60,29 @@ def test_trl_trains_saves_and_resumes(name: str, more: list[str], tmp_path: Path
     assert half.abs().max() > 0 and not torch.equal(half, adapter.v)
     resumed = main([*arguments, str(tmp_path / "half"), "--resume"])
     torch.testing.assert_close(resumed.v, adapter.v, rtol=1e-5, atol=1e-7)
+
+
+def test_an_own_task_in_four_commands(tmp_path: Path) -> None:
+    """The script as it stands, on the built-in base, a step each: trained, scored on other rows, gone on there, reported."""
+    environment = {
+        **os.environ,
+        "MODEL": "builtin",
+        "STEPS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    environment["PYTHONPATH"] = str(EXAMPLES.parent)
+    script = ["bash", str(EXAMPLES / "own_task" / "run.sh"), str(tmp_path / "out")]
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = tmp_path / "out" / "first", tmp_path / "out" / "second"
+    assert json.loads((first / "config.json").read_text())["settings"]["reward"] == [
+        "rewards.py:right",
+        "rewards.py:shows_work",
+    ]
+    rows = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
+    assert [row["eval/n"] for row in rows if "eval/reward" in row] == [40, 40]
+    scores = json.loads((first / "scores" / "results.json").read_text())["tasks"]["sums"]["scores"]
+    assert {"base", "trained", "paired"} == scores["greedy, reward"].keys()
+    saved = load_file(first / "adapter" / "adapter_model.safetensors")["v"]
+    assert torch.equal(load_file(second / "init" / "adapter_model.safetensors")["v"], saved) and saved.abs().max() > 0
+    assert (tmp_path / "out" / "report.html").exists()

@@ -211,14 +211,7 @@ def main(arguments: list[str]) -> int:
     ]
     run_all(plan, options.processes, "training")
     results = [result(arm, c, study.x, out, study.measure) for arm, runs in zip(study.arms, plan, strict=True) for c in runs]
-    about = {
-        "name": out.name,
-        "title": study.title,
-        "question": study.question,
-        "x": study.x,
-        "x_label": study.x_label,
-        "measure": study.measure,
-    }
+    about = {"name": out.name, "title": study.title, "question": study.question, "x": study.x, "x_label": study.x_label}
     about |= {"measure": study.measure, "quick": study.quick}
     about["chosen"] = {a.name: c for a, c in zip(study.arms, chosen, strict=True) if c}
     write_text(out / "study.json", json.dumps(about, indent=2) + "\n")
