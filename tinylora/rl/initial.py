@@ -8,7 +8,6 @@ from typing import Any
 from tinylora.adapter.files import adapter_path, read_about, read_adapter
 from tinylora.adapter.on_decoder import Adapter, base_of_decoder
 from tinylora.errors import InputError
-from tinylora.model.decoder import Decoder
 from tinylora.rl.config import TrainConfig
 
 # Settings that an adapter's own config names alike. param_dtype may change: what is trained is fp32.
@@ -31,8 +30,8 @@ def settings_of(adapter: str) -> dict[str, Any]:
     return found
 
 
-def initial_adapter(model: Decoder, c: TrainConfig, path: Path) -> Adapter:
-    """The adapter saved in `path`, a run's directory or its own, on the model. InputError where base, P or factors are others,
+def initial_adapter(model: Any, c: TrainConfig, path: Path) -> Adapter:
+    """The adapter saved in `path`, a run's directory or its own, on the model, a Decoder. InputError where base, P or factors are others,
     it covers other modules than these settings, or has another shape."""
     path, wanted, base = adapter_path(path), c.adapter, base_of_decoder(model)
     config, parts, v = _named(lambda: read_adapter(path, base))
