@@ -31,8 +31,10 @@ def settings_of(adapter: str) -> dict[str, Any]:
 
 
 def initial_adapter(model: Any, c: TrainConfig, path: Path) -> Adapter:
-    """The adapter saved in `path`, a run's directory or its own, on the model, a Decoder. InputError where base, P or factors are others,
-    it covers other modules than these settings, or has another shape."""
+    """The adapter saved in `path`, a run's directory or its own, on the model, a Decoder.
+
+    InputError where base, P or factors are others, it covers other modules than these settings, or has another shape.
+    """
     path, wanted, base = adapter_path(path), c.adapter, base_of_decoder(model)
     config, parts, v = _named(lambda: read_adapter(path, base))
     names = SHAPE if parts.peft is None else ("r", "u")
