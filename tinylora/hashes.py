@@ -17,6 +17,22 @@ def content_hash(tensor: Tensor) -> str:
     return h.hexdigest()
 
 
+def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every number of the narrow dtype is one of the wide dtype. float16 does not hold bfloat16, nor the reverse."""
+    return wide == narrow or wide.itemsize > max(narrow.itemsize, 2)
+
+
+def narrowest(tensor: Tensor, known: torch.dtype | None = None) -> torch.dtype:
+    """The first of bfloat16, float16 and float32 that holds every number of a tensor (N, K); its own dtype where none does.
+
+    `known`: a dtype of which that is known. Others are tried on 256 rows at a time, and most end at the first.
+    """
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if dtype == known or all(torch.equal(rows.to(dtype).to(rows.dtype), rows) for rows in tensor.split(256)):
+            return dtype
+    return tensor.dtype
+
+
 def base_hash(digests: dict[str, str]) -> str:
     """Of a model whose parameters have these content hashes, by name."""
     return joint_hash(*(part for item in sorted(digests.items()) for part in item))

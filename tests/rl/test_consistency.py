@@ -97,3 +97,66 @@ def test_training_with_exact(tmp_path):
     trainer = Trainer(TrainConfig(**BUILTIN_PRESET | small | {"exact": True}))
     rows = [trainer._train_step() for _ in range(3)]
     assert [row["sampling/sampling_logp_difference/max"] for row in rows] == [0, 0, 0]
+
+
+def _stopped(tmp_path, monkeypatch, fault, **settings):
+    """The step at which a run stops whose rollout got the matrices that `fault` makes of the true ones; None: it did not."""
+    from tinylora.rl import step as step_module
+
+    small = {"prompts_per_step": 6, "num_generations": 6, "max_steps": 4, "eval_size": 0, "output_dir": str(tmp_path / "run")}
+    trainer = Trainer(TrainConfig(**BUILTIN_PRESET | small | settings))
+    planted = lambda model, matrices, *a, **k: rollout(model, fault(trainer.policy, matrices), *a, **k)  # noqa: E731
+    monkeypatch.setattr(step_module, "rollout", planted)
+    try:
+        for _ in range(4):
+            trainer._train_step()
+    except InputError as error:
+        assert "not sampled from the adapter that is trained" in str(error)
+        return trainer.step + 1
+    return None
+
+
+def _lost(policy, matrices):
+    return None
+
+
+def _another(policy, matrices):
+    v = torch.randn(policy.v.shape, generator=torch.Generator().manual_seed(9)).to(policy.v)
+    with torch.no_grad():
+        return policy.matrices(v * policy.v.norm() / v.norm())
+
+
+class _Frozen:
+    def __init__(self):
+        self.first = None
+
+    def __call__(self, policy, matrices):
+        self.first = self.first or matrices
+        return self.first
+
+
+@pytest.mark.filterwarnings("ignore:--dtype bfloat16")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fault", [_lost, _another, _Frozen])
+def test_a_small_adapter_that_the_rollout_has_not_stops_training(tmp_path, monkeypatch, fault, dtype):
+    """At step 1 v is 0 and all of them are right; at step 2 it moves log-probs by 3e-4 to 5e-4 nats a token."""
+    fault = fault() if fault is _Frozen else fault
+    assert _stopped(tmp_path, monkeypatch, fault, learning_rate=1e-4, dtype=dtype) == 2
+
+
+@pytest.mark.filterwarnings("ignore:--dtype bfloat16")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["tinylora", "lora"])
+def test_an_honest_rollout_does_not_stop(tmp_path, monkeypatch, method, dtype):
+    shape = {"u": None, "n_tie": None} if method == "lora" else {}
+    settings = {k: v for k, v in BUILTIN_PRESET.items() if k not in shape}
+    monkeypatch.setattr(f"{__name__}.BUILTIN_PRESET", settings)
+    same = lambda policy, matrices: matrices  # noqa: E731
+    assert _stopped(tmp_path, monkeypatch, same, learning_rate=1e-3, dtype=dtype, method=method) is None
+
+
+def test_the_distance_to_the_base_is_logged(tmp_path):
+    small = {"prompts_per_step": 4, "num_generations": 4, "max_steps": 2, "eval_size": 0, "output_dir": str(tmp_path / "run")}
+    trainer = Trainer(TrainConfig(**BUILTIN_PRESET | small))
+    first, second = (trainer._train_step()["sampling/base_logp_difference/mean"] for _ in range(2))
+    assert first <= 1e-6 and second > 1e-3

@@ -213,7 +213,7 @@ class AttachedAdapter(nn.Module):
     def add_adapter(self, name: str, config: TinyLoRAConfig, parts: Parts | None = None) -> None:
         """Another adapter beside those there are, of the same rank and factors; its P, tying and modules are its own."""
         self._check(name, config)
-        self._add(name, config, parts or draw_parts(config, base_of(self.model, self.base.digests)))
+        self._add(name, config, parts or draw_parts(config, base_of(self.model, self.base)))
 
     def _check(self, name: str, config: TinyLoRAConfig) -> None:
         if not name or "." in name or hasattr(self.adapters, name):
@@ -375,7 +375,7 @@ def attach(model: nn.Module, config: TinyLoRAConfig, name: str = "default") -> A
 def load(path: Path, model: nn.Module, name: str, force_base: bool = False) -> AttachedAdapter:
     """`load_adapter` for a model that is not ours; beside the adapters it has, if it has any."""
     adapter = _attached(model)
-    base = base_of(model, None if adapter is None else adapter.base.digests)
+    base = base_of(model, None if adapter is None else adapter.base)
     config, parts, v = read_adapter(path, base, force_base)
     if adapter is None:
         adapter = _make(model, base, config, parts, name)
@@ -403,8 +403,8 @@ def _attached(model: nn.Module) -> AttachedAdapter | None:
     return found if isinstance(found, AttachedAdapter) else None
 
 
-def base_of(model: nn.Module, digests: dict[str, str] | None = None) -> Base:
-    """A model as an adapter sees it. Without `digests` it reads every parameter once, to hash it."""
+def base_of(model: nn.Module, known: Base | None = None) -> Base:
+    """A model as an adapter sees it. Unless its base is `known` it reads every parameter once, to hash it."""
     tensors = {name: p.detach() for name, p in model.named_parameters() if not name.startswith(f"{CHILD}.")}
     for name, tensor in tensors.items():
         if tensor.is_meta or hasattr(tensor, "full_tensor"):
@@ -418,5 +418,6 @@ def base_of(model: nn.Module, digests: dict[str, str] | None = None) -> Base:
     if not weights:
         raise InputError(f"{type(model).__name__} has no nn.Linear and no Conv1D")
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-    digests = digests or {name: content_hash(t) for name, t in tensors.items()}
-    return Base(name, weights, digests, frozenset(transposed), tensors)
+    digests = known.digests if known else {name: content_hash(t) for name, t in tensors.items()}
+    hashed = known.hashed if known else {name: (t.dtype, digests[name]) for name, t in tensors.items()}
+    return Base(name, weights, digests, frozenset(transposed), tensors, hashed)

@@ -20,7 +20,8 @@ def compute_basis(
     """A and B of each named weight, `rounded` first where that is given: from the cache file `key` if it is whole, else
     computed and cached.
 
-    `key` must name the weights' content and dtype. A cache that cannot be read or written costs time, never the run.
+    `key` must tell the weights' names and numbers from others. A cache that cannot be read or written costs time, never the
+    run.
     """
     kind = "" if basis == "top" else f"-{basis}"
     path = cache_dir() / f"basis-{key}-r{r}{kind}-v{_CACHE_VERSION}.safetensors"

@@ -106,4 +106,4 @@ class Adapter:
 
 
 def base_of_decoder(model: Decoder) -> Base:
-    return Base(model.name, model.weights(), model.digests)
+    return Base(model.name, model.weights(), model.digests, hashed=model.hashed)

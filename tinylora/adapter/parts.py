@@ -6,7 +6,7 @@ P (u, r, r) ~ N(0, 1/r) is fixed and drawn per module, so that tied modules stil
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from tinylora import prng
 from tinylora.adapter.config import DTYPES, TinyLoRAConfig
 from tinylora.adapter.factors import compute_basis
 from tinylora.errors import InputError
-from tinylora.hashes import base_hash, content_hash, joint_hash, quantisation
+from tinylora.hashes import base_hash, content_hash, digest, holds, joint_hash, narrowest, quantisation
 from tinylora.model.config import PROJECTIONS, module_name
 
 
@@ -30,6 +30,8 @@ class Base:
     digests: dict[str, str]  # content hash of every parameter, by parameter name
     transposed: frozenset[str] = frozenset()  # modules that hold their weight as (K, N)
     tensors: dict[str, Tensor] | None = None  # the parameters, where digests are of what is in memory and not of a file
+    # a content hash of a parameter's numbers with the dtype it was taken in; `values_hash` puts the narrowest in its place
+    hashed: dict[str, tuple[torch.dtype, str]] = field(default_factory=dict)
 
     def targets(self, names: Sequence[str]) -> list[str]:
         """The modules that `names` mean, in module order: each is a whole module name or its last parts, as in PEFT.
@@ -39,6 +41,18 @@ class Base:
             if not any(m == name or m.endswith(f".{name}") for m in found):
                 kinds = list(dict.fromkeys(m.rsplit(".", 1)[-1] for m in self.weights))
                 raise InputError(f"--target-modules {name}: no such linear in {self.name}, which has {', '.join(kinds)}")
+        return found
+
+    def values_hash(self, module: str) -> str:
+        """Of a weight's numbers, whatever floating dtype they are in: the content hash in the narrowest that holds them all."""
+        weight = self.weights[module].T if module in self.transposed else self.weights[module]
+        taken, found = self.hashed.get(f"{module}.weight", (None, ""))
+        if taken is None or not holds(weight.dtype, taken):  # of none, or of numbers that were rounded since
+            taken = None
+        dtype = narrowest(weight, taken)
+        if dtype != taken:
+            found = content_hash(weight.to(dtype))
+            self.hashed[f"{module}.weight"] = dtype, found
         return found
 
     def has_hash(self, wanted: str) -> bool:
@@ -85,8 +99,8 @@ def draw_parts(config: TinyLoRAConfig, base: Base) -> Parts:
         raise InputError(f"--r {config.r}: the smallest adapted weight has only {smallest} rows or columns")
     # A GGUF is read in whatever precision a device wants, and its adapters are to be read in any: their factors are of one.
     rounded = torch.bfloat16 if quantisation(base.digests.values()) else None
-    dtype = rounded or next(iter(weights.values())).dtype
-    key = joint_hash(*(base.digests.get(f"{name}.weight", "") for name in weights), str(dtype))
+    hashes = {name: base.digests[f"{name}.weight"] if rounded else base.values_hash(name) for name in weights}
+    key = digest(hashes, sorted(base.transposed & weights.keys()), str(rounded))
     factors = compute_basis(weights, config.r, key, config.basis, rounded)
     return Parts(config.tie(list(weights)), {name: projection_of(config, name) for name in weights}, factors)
 

@@ -80,6 +80,7 @@ class Decoder:
     ) -> None:
         self.config, self.embedding, self.layers, self.norm, self.head = config, embedding, layers, norm, head
         self.digests, self.path = digests, path
+        self.hashed: dict[str, tuple[torch.dtype, str]] = {}  # the same with the dtype in the file, as `parts.Base` has it
         self.name = str(path)  # or what the user typed for it, as `load_model` says
         self.frequencies = rope_frequencies(config).to(embedding.device)
         self.kept: Any = None  # what a rollout leaves for the next, a `slots.Kept`; None while one runs

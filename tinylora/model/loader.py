@@ -96,6 +96,7 @@ def load_model(path_or_id: str, device: str = "auto", dtype: str = "auto") -> De
     read = gguf.Checkpoint(file, config, *place) if file else _Checkpoint(path, *place)
     decoder = build_decoder(config, read, file.path if file else path, weights)
     decoder.name = os.path.expanduser(path_or_id)
+    decoder.hashed = read.hashed if isinstance(read, _Checkpoint) else {}
     return decoder
 
 
@@ -117,6 +118,7 @@ class _Checkpoint:
     def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.directory, self.device, self.dtype = directory, device, dtype
         self.digests: dict[str, str] = {}
+        self.hashed: dict[str, tuple[torch.dtype, str]] = {}
         index = directory / "model.safetensors.index.json"
         try:
             if index.exists():
@@ -140,6 +142,7 @@ class _Checkpoint:
         if tuple(tensor.shape) != shape:
             raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, its config.json says {shape}")
         self.digests[name] = content_hash(tensor)
+        self.hashed[name] = tensor.dtype, self.digests[name]
         if out is None:
             return tensor.to(self.device, self.dtype, copy=True)  # or it would keep the file's pages too
         return out.copy_(tensor)

@@ -52,8 +52,8 @@ class Baseline:
         return sum(p.numel() for p in self.named_parameters().values())
 
     @torch.no_grad()
-    def matrices(self) -> None:
-        """Write the present weights into the Decoder; it then needs no matrices."""
+    def matrices(self, off: bool = False) -> None:
+        """Write the present weights into the Decoder; it then needs no matrices. `off`: LoRA off."""
         if self.method == "full":
             own = dict(self.network.named_parameters())
             for name, view in self.model.tensors().items():
@@ -63,7 +63,8 @@ class Baseline:
         for name, view in self.model.weights().items():
             layer = base.get_submodule(name)
             if hasattr(layer, "get_delta_weight"):
-                view.copy_(layer.base_layer.weight + layer.get_delta_weight("default"))
+                weight = layer.base_layer.weight
+                view.copy_(weight if off else weight + layer.get_delta_weight("default"))
 
     def score(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], temperature: float, off: bool = False

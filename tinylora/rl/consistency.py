@@ -1,5 +1,12 @@
 """Is the rollout's policy the update's? A stop where it evidently is not, and the proof that `--exact` asks for.
 
+A rollout that has lost its adapter, or has another one, differs from the update by as much as adapters do: often by less than
+a fixed limit for half precision. So part of each step's tokens is scored under the base too, and what counts is
+
+    |update - rollout|    beside    |base - rollout| and |base - update|, the adapter's size on either side: means over tokens
+
+The second side is there for the adapter that is lost: base - rollout is then rounding alone.
+
 Both sides run the same operations on the same adapter, so their log-probs of the same tokens differ by rounding alone: on a
 CPU by 1e-6 at most and mostly not at all, in half precision by about 0.005 a token. With `--exact` they are equal bit for
 bit, because on a CPU every product has a multiple of 8 rows and every attention covers the same number of keys. That rests on
@@ -10,12 +17,15 @@ from collections.abc import Sequence
 
 import torch
 
-from tinylora.engine.rollout import Sampling, rollout
+from tinylora.engine.rollout import Completion, Sampling, keeps_slots, rollout
 from tinylora.errors import InputError
-from tinylora.rl.policy import Policy, adapter_of
-from tinylora.rl.update import score
+from tinylora.rl.policy import Policy, adapter_of, baseline_of
+from tinylora.rl.update import Batch, base_logps, score
 
 LIMIT = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # nats a token, on average
+SHARE = 32  # one in so many of a step's tokens is scored under the base
+FIRST = 32  # tokens of each completion on which rounding is measured: the first few are surer than most, and differ by less
+ROUNDING = 1e-6  # nats a token: what counts as rounding where less was measured
 
 
 def require_same_policy(mean: float | None, largest: float | None, dtype: torch.dtype, exact: bool, step: int) -> None:
@@ -29,6 +39,68 @@ def require_same_policy(mean: float | None, largest: float | None, dtype: torch.
         )
     if exact and largest > 0:
         raise InputError(f"step {step}: --exact, but a log-prob of the update differs from the rollout's by {largest:.2g}")
+
+
+def measured_rounding(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    generations: int,
+    sampling: Sampling,
+    cache_bytes: int,
+    microbatch_tokens: int,
+) -> float:
+    """Mean |log p(update) - log p(rollout)| of the base, where both are the same function, by a short rollout of it.
+
+    The first FIRST tokens of two prompts' completions; on a GPU of all, since the step then finds these slots again, with
+    their graphs.
+    """
+    prompts = prompts if keeps_slots(policy.model) else prompts[:2]
+    if baseline := baseline_of(policy):
+        baseline.matrices(off=True)
+    limits = [min(FIRST, sampling.max_completion_length)] * (len(prompts) * generations)
+    found = rollout(policy.model, None, prompts, generations, sampling, cache_bytes=cache_bytes, limits=limits)
+    repeated = [p for p in prompts for _ in range(generations)]
+    logp = base_logps(policy, repeated, found, sampling.temperature, microbatch_tokens)
+    return (logp - logp.new_tensor([x for c in found for x in c.logprobs])).abs().mean().item()
+
+
+def require_own_adapter(
+    policy: Policy,
+    batch: Batch,  # after the first iteration's update
+    temperature: float,
+    microbatch_tokens: int,
+    whole: float | None,  # mean |update - rollout| of all the step's tokens
+    rounding: float,
+    step: int,
+) -> float | None:
+    """Mean |base - rollout| on 1 / SHARE of the step's tokens, None without one. InputError where the rollout's adapter is not
+    the update's: where |update - rollout| exceeds half of that, and twice the rounding over the whole step.
+
+    Asked only where the adapter is seen: where |base - rollout| or |base - update| exceeds four times the rounding. The latter
+    because of a rollout that has lost its adapter: its |base - rollout| is rounding.
+    """
+    left = sum(len(c.tokens) for c in batch.completions) // SHARE
+    few: dict[int, Completion] = {}  # by number
+    for i in batch.old_logps:
+        if left > 0:
+            c = batch.completions[i]
+            few[i] = Completion(c.tokens[:left], c.logprobs[:left], c.finished)
+            left -= len(few[i].tokens)
+    if not few or whole is None:
+        return None
+    base = base_logps(policy, [batch.prompts[i] for i in few], list(few.values()), temperature, microbatch_tokens)
+    rolled_out = base.new_tensor([x for c in few.values() for x in c.logprobs])
+    updated = torch.cat([batch.old_logps[i][: len(c.tokens)] for i, c in few.items()])
+    pairs = ((base, rolled_out), (base, updated), (updated, rolled_out))
+    size, effect, apart = ((a - b).abs().mean().item() for a, b in pairs)
+    rounding = max(rounding, ROUNDING)
+    if max(size, effect) > 4 * rounding and whole > 2 * rounding and apart > size / 2:
+        raise InputError(
+            f"step {step}: the rollout was not sampled from the adapter that is trained: log-probs differ by {apart:.2g} nats "
+            f"a token on average from the update's, by {size:.2g} from the base's, where rounding explains {rounding:.1g}. "
+            "Nothing was learned from it; please report this"
+        )
+    return size
 
 
 def fix_capacity(policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:

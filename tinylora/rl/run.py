@@ -77,6 +77,7 @@ class Run:
         self.learning_rate = learning_rate_of(self.policy, config)
         self.optimizer = torch.optim.Adam(self.policy.named_parameters().values(), lr=self.learning_rate)
         self.step, self.num_tokens = 0, 0
+        self.rounding: float | None = None  # of the base's log-probs: `consistency.measured_rounding`, by the first step
         self.stop = False
         about = {
             "settings": dataclasses.asdict(config),

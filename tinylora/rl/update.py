@@ -37,7 +37,7 @@ class Batch:
     prompts: Sequence[Sequence[int]]  # token ids of each completion's prompt
     completions: Sequence[Completion]
     advantages: Advantages
-    old_logps: dict[int, Tensor] = field(default_factory=dict)  # by completion: the first iteration's, for later ones
+    old_logps: dict[int, Tensor] = field(default_factory=dict)  # by completion: the first iteration's
 
 
 # Of a part of the completions, by number: its loss, summable over parts, and what to do once its gradient is in.
@@ -86,8 +86,7 @@ def update(
         )
 
         def done() -> None:
-            if config.num_iterations > 1:
-                batch.old_logps.update(zip(part, old.split(counts.tolist()), strict=True))
+            batch.old_logps.update(zip(part, old.split(counts.tolist()), strict=True))
             stats.add(
                 loss=terms.loss.detach().sum(),
                 entropy=entropy,
@@ -201,6 +200,20 @@ def policy_score(
     if baseline := baseline_of(policy):
         return baseline.score([prompts[i] for i in part], [completions[i].tokens for i in part], temperature, off)[:2]
     return score(policy, None if off else policy.matrices(), prompts, completions, part, temperature)
+
+
+@torch.no_grad()
+def base_logps(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],  # of each completion
+    completions: Sequence[Completion],
+    temperature: float,
+    microbatch_tokens: int,
+) -> Tensor:
+    """Log-probs of all the completions' tokens under the base model, (tokens,)."""
+    parts = _microbatches(range(len(completions)), prompts, completions, microbatch_tokens)
+    with deterministic(policy.model.device), fp32_sums():
+        return torch.cat([policy_score(policy, prompts, completions, part, temperature, off=True)[0] for part in parts])
 
 
 def score(
