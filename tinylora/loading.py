@@ -66,5 +66,6 @@ def model_of(adapter: str | Path) -> str | None:
     if isinstance(typed, str):
         return typed
     named = str(read_about(adapter_path(adapter)).get("base_model_name_or_path", ""))
+    named = {str(path): name for name, path in BUILTIN_MODELS.items()}.get(named, named)  # exports give these their directory
     on_hub = "/" in named and not named.startswith((".", "/", "~"))
     return named if named and (named in BUILTIN_MODELS or on_hub or Path(named).exists()) else None
