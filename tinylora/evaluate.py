@@ -13,7 +13,7 @@ from tinylora.evaluation.scores import EXTRACTORS, Scored, compare, comparison_t
 from tinylora.files import write_text
 from tinylora.loading import load_adapter, model_of, prompt_of, run_of
 from tinylora.model.loader import load_model, resolve_model
-from tinylora.rl.config import ACCURACY, BUILT_IN_REWARDS, BUILTIN_PRESET, TrainConfig, preset
+from tinylora.rl.config import ACCURACY, BUILTIN_PRESET, TrainConfig, has_own, preset
 from tinylora.rl.rewards import Rewards
 from tinylora.rl.run_directory import v_at_step
 from tinylora.tasks.prompts import PromptStyle
@@ -120,7 +120,7 @@ def samples(task: str, rows: list[Row], text: Text, policies: dict[str, Scored])
 
 def _rewards(c: EvaluateConfig, rows: list[Row], text: Text, extractor: str) -> RewardOf | None:
     """What --reward says of answers to these rows; None where it is exact match, which is always told."""
-    if all(spec in BUILT_IN_REWARDS for spec in c.reward):
+    if not has_own(c.reward):
         return None
     rewards = Rewards(c.reward, c.reward_weights, extractor, c.seed)
     rewards.take_columns(rows)
@@ -134,14 +134,14 @@ def main(arguments: list[str]) -> int:
     run = run_of(c.adapter).get("settings", {}) if c.adapter else {}
     if not c.dataset and "dataset" in run:
         under = [run["reward"]] if isinstance(run.get("reward"), str) else run.get("reward") or []
-        if not c.reward and any(spec not in BUILT_IN_REWARDS for spec in under):
+        if not c.reward and has_own(under):
             raise InputError(f"--adapter {c.adapter}: trained under an own reward: --reward {' '.join(under)}, or --dataset")
         c = replace(c, dataset=(run["dataset"],), data=c.data or run.get("data"))
     c = replace(c, model=c.model or (model_of(c.adapter) if c.adapter else None) or "builtin")
     model_name = c.model or ""
     names = c.dataset or (preset(model_name).get("dataset", TrainConfig.dataset),)
     extractor = c.extractor or preset(model_name, dataset=names[0]).get("extractor", TrainConfig.extractor)
-    own = any(spec not in BUILT_IN_REWARDS for spec in c.reward)
+    own = has_own(c.reward)
     if c.data is not None and names == ("builtin",):
         raise InputError("--data is of other tasks than builtin, which the built-in models have: say --dataset, and --model")
     needed = not own or ACCURACY in c.reward

@@ -85,14 +85,22 @@ def adapter_path(adapter: str | Path) -> Path:
 def read_about(path: Path) -> dict[str, Any]:
     """What a saved adapter of any format says of itself, unchecked; {} where there is nothing to read."""
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                described = json.loads((file.metadata() or {}).get("tinylora", "{}"))
-        else:
-            described = json.loads((path / "adapter_config.json").read_text())
+        described = _described(path)
     except (OSError, ValueError, SafetensorError):
         return {}
     return described if isinstance(described, dict) else {}
+
+
+def _described(path: Path) -> Any:
+    """The description in an adapter's file, or beside the tensors in its directory."""
+    if not _one_file(path):
+        return json.loads((path / "adapter_config.json").read_text())
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get("tinylora", "{}"))
+
+
+def _one_file(path: Path) -> bool:
+    return path.is_file() and path.suffix == ".safetensors"
 
 
 def read_adapter(path: Path, base: Base, force_base: bool = False) -> tuple[TinyLoRAConfig, Parts, Tensor]:
@@ -106,20 +114,14 @@ def read_adapter(path: Path, base: Base, force_base: bool = False) -> tuple[Tiny
 
 def _read_files(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """What an adapter's directory or file holds: its description, not yet checked, and its tensors."""
-    described: Any
     if path.suffix == ".gguf":
         raise InputError(f"--adapter {path}: a LoRA for llama.cpp, which cannot come back; give the run it was exported from")
     try:
         pickles = [p.name for p in path.glob("adapter_model*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
         if pickles:
             raise InputError(f"--adapter {path}: {pickles[0]} is a pickle, which can run code; save as safetensors instead")
-        if path.is_file() and path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                described = json.loads((file.metadata() or {}).get("tinylora", "{}"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        else:
-            described = json.loads((path / "adapter_config.json").read_text())
-            tensors = load_file(path / "adapter_model.safetensors")
+        described = _described(path)
+        tensors = load_file(path if _one_file(path) else path / "adapter_model.safetensors")
     except FileNotFoundError as error:
         raise InputError(f"--adapter {path}: {Path(error.filename or '').name or error} is missing") from None
     except InputError:

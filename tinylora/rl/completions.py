@@ -14,17 +14,14 @@ from tinylora.files import write_text
 SHOWN = 160  # characters of a sample's line, of prompt and of completion
 
 
-def path_of(directory: Path, step: int) -> Path:
-    return directory / "completions" / f"step-{step:06d}.jsonl"
-
-
 def write_completions(directory: Path, step: int, columns: Mapping[str, Sequence[Any]], most: int) -> None:
     """The first `most` completions of a step, a line each; `columns` have an entry for every completion."""
     count = min(most, len(columns["completion"]))
     if count == 0:
         return
     rows = [{"step": step, **{name: _plain(values[i]) for name, values in columns.items()}} for i in range(count)]
-    write_text(path_of(directory, step), "".join(json.dumps(row) + "\n" for row in rows))
+    path = directory / "completions" / f"step-{step:06d}.jsonl"
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _plain(value: Any) -> Any:

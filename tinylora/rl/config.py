@@ -286,7 +286,7 @@ class TrainConfig:
     @property
     def own_reward(self) -> bool:
         """Whether a function of the user's is among the rewards: their sum is then what is evaluated."""
-        return any(spec not in BUILT_IN_REWARDS for spec in self.reward)
+        return has_own(self.reward)
 
     @property
     def graded(self) -> bool:
@@ -313,6 +313,11 @@ class TrainConfig:
             param_dtype=self.param_dtype,
             basis=self.basis,
         )
+
+
+def has_own(rewards: Sequence[str]) -> bool:
+    """Whether a function of the user's is among the rewards of these names."""
+    return any(spec not in BUILT_IN_REWARDS for spec in rewards)
 
 
 def stored_settings(settings: dict[str, Any]) -> dict[str, Any]:

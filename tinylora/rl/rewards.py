@@ -127,7 +127,7 @@ class Rewards:
         return score
 
     @property
-    def graded(self) -> bool:
+    def asks_verdicts(self) -> bool:
         """Whether one of them asks for verdicts."""
         return any(name in (ACCURACY, "format-only") for name in self.names)
 

@@ -49,7 +49,7 @@ class Share:
         row = self.rows[i // c.num_generations]
         if grader is None or not grader.golds(row):
             return
-        if not c.own_reward or self.run.rewards.graded or grader.pool is None:
+        if not c.own_reward or self.run.rewards.asks_verdicts or grader.pool is None:
             self.verdicts[i] = grader.submit(self.answers[i], row)
 
     @property
@@ -60,16 +60,20 @@ class Share:
     @cached_property
     def rendered(self) -> list[str]:
         """The prompt of every completion, as the model got it."""
-        return [text for row in self.rows for text in [self.run.text.render(row["prompt"])] * self.run.config.num_generations]
+        return self.per_completion([self.run.text.render(row["prompt"]) for row in self.rows])
 
-    @property
+    @cached_property
     def advantages(self) -> Advantages:
         c = self.run.config
         return compute_advantages(self.rewards, c.num_generations, c.scale_rewards)
 
     def repeated(self) -> list[list[int]]:
         """The prompt of every completion."""
-        return [p for p in self.prompts for _ in range(self.run.config.num_generations)]
+        return self.per_completion(self.prompts)
+
+    def per_completion(self, items: Sequence[Any]) -> list[Any]:
+        """What each prompt has, once for each of its completions."""
+        return [item for item in items for _ in range(self.run.config.num_generations)]
 
 
 class Clock:
@@ -177,14 +181,18 @@ def dead_groups(a: Advantages) -> dict[str, Any]:
 
 
 def reward_metrics(s: Share) -> dict[str, Any]:
-    columns = zip(s.run.rewards.names, s.scored.table.T, strict=True)
-    found = {"reward": s.rewards, **{f"rewards/{name}/": column for name, column in columns}}
-    metrics: dict[str, Any] = {}
-    for name, x in found.items():
-        mean, std = ("mean", "std") if name.endswith("/") else ("", "_std")
-        scored = x[~x.isnan()]
-        metrics |= {f"{name}{mean}": _number(x.nanmean()), f"{name}{std}": _number(scored.std()) if len(scored) > 1 else None}
+    mean, std = _mean_and_std(s.rewards)
+    metrics = {"reward": mean, "reward_std": std}
+    for name, column in zip(s.run.rewards.names, s.scored.table.T, strict=True):
+        mean, std = _mean_and_std(column)
+        metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": std}
     return metrics
+
+
+def _mean_and_std(x: Tensor) -> tuple[float | None, float | None]:
+    """Of what is scored, n - 1 in the standard deviation; None where too little is."""
+    scored = x[~x.isnan()]
+    return _number(x.nanmean()), _number(scored.std()) if len(scored) > 1 else None
 
 
 def length_metrics(s: Share) -> dict[str, Any]:
@@ -218,7 +226,7 @@ def _reward(s: Share) -> None:
     if judged and c.dataset != "builtin":  # whose completions have one format only
         extra.update({f"accuracy/{e}": sum(v.right[e] for v in judged) / len(judged) for e in ("strict", "flexible")})
         extra.update({f"grader/{why}": sum(v.failure == why for v in judged) for why in ("timeout", "crash")})
-    rows = [row for row in s.rows for _ in range(c.num_generations)]
+    rows = s.per_completion(s.rows)
     texts, ids = [s.answers[i] for i in range(s.count)], [x.tokens for x in s.completions]
     rendered = s.rendered if c.own_reward else []
     s.scored = s.run.rewards(Completed(rows, rendered, texts, ids, verdicts, s.run.step, s.run.max_steps))
